@@ -1,0 +1,7037 @@
+// coordination.hpp - distributed locks, service discovery and configuration on etcd. C++17.
+// SPDX-License-Identifier: MIT
+//
+//   #include "coordination.hpp"
+//
+//   auto c = coordination::Coordinator::connect({{"127.0.0.1:2379"}}).value();
+//   auto lock = c.lock().acquire("jobs/nightly", std::chrono::seconds(10)).value();
+//   if (lock.held()) run_the_job(lock.fencing_token());
+//   lock.unlock().value();
+//
+// Read Part B and you have read the manual; nothing in it depends on what stands below it.
+// `grep -n '^// == ' coordination.hpp` prints the table of contents.
+//
+//   A  Configuration    macros, version, includes
+//   B  Interface        1 Errors  2 Execution  4 Transport  5 Client  6 Lease  7 Watch  8 Lock
+//                       9 Election  10 Registry  11 Config  12 Coordinator  13 Globals
+//                       14 MemoryEtcd
+//   C  Implementation   the same numbers, and 3 Wire; compiled here, or in one .cpp
+//
+// A call travels one way: recipe (8-11) -> Lease and Watch (6, 7) -> Client (5: choose a member,
+// attach the token, retry where that is safe) -> Transport (4: bytes) -> etcd's JSON gateway.
+//
+// Time:     every call ends: when its Context says so, else after CoordinatorOptions::timeout.
+//           Only acquire, campaign and Watch::next wait for as long as their Context allows.
+// Errors:   nothing throws but Result::value(). A write that failed says in Error::outcome
+//           whether etcd may have applied it all the same.
+// Threads:  every class may be used from several threads unless it says otherwise. A Coordinator
+//           runs at most 10 threads of its own, started when they are needed: 1 for timers, 1 for
+//           lease renewals, 1 for background work, 2 for callbacks and 5 for watch streams. Who
+//           waits for a lock or an election waits on a stream of its own, in the caller's thread.
+// Handlers: run on the callback threads, in order and one at a time per handle, never under a
+//           lock of the library. They may call anything and may destroy their own handle. Once a
+//           handle's destructor, its cancel() or the Coordinator's close() has returned, its
+//           handlers run no more (unless it was called from inside one). What a handler throws
+//           is caught and logged.
+
+// == A. Configuration ===========================================================================
+
+#ifndef COORDINATION_HPP
+#define COORDINATION_HPP
+
+#define COORDINATION_VERSION_MAJOR 0
+#define COORDINATION_VERSION_MINOR 1
+#define COORDINATION_VERSION_PATCH 0
+
+// 1: every file that includes this header can use it at once.
+// 0: Part C is compiled only where COORDINATION_IMPLEMENTATION is defined: in exactly one .cpp.
+// The value must be the same in the whole program.
+#ifndef COORDINATION_HEADER_ONLY
+#define COORDINATION_HEADER_ONLY 1
+#endif
+
+// 0: needs neither cpp-httplib nor OpenSSL; CoordinatorOptions::transport must then be set.
+#ifndef COORDINATION_USE_HTTPLIB
+#define COORDINATION_USE_HTTPLIB 1
+#endif
+
+#include <cassert>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <nlohmann/json_fwd.hpp>
+
+namespace coordination {
+inline namespace v0 {
+
+using std::chrono::milliseconds;
+
+// == B. Interface ===============================================================================
+
+// == 1. Errors ==================================================================================
+
+/// What kind of thing went wrong.
+enum class ErrorCode {
+  Connection,        // no member could be reached
+  Timeout,           // the Context's deadline, or CoordinatorOptions::timeout, has passed
+  NotFound,          // no such key, lease or leader
+  Conflict,          // somebody else holds it, or it has changed in the meantime
+  Validation,        // the arguments are wrong; nothing was sent, or etcd refused them
+  Unavailable,       // etcd is there but cannot serve now: no leader, no quorum, no space
+  Cancelled,         // the Context was cancelled, or the Coordinator is closed
+  PermissionDenied,  // wrong or missing credentials, or no right to this key
+  Lost,              // the lock, leadership or lease is not ours any more
+  Compacted,         // etcd has discarded the history that was asked for (see Error::revision)
+  Internal           // an answer that makes no sense; the message names the endpoint
+};
+
+/// The code's name in errors and logs: "CONNECTION_ERROR", "TIMEOUT_ERROR", "NOT_FOUND", ...
+const char* to_string(ErrorCode code);
+
+/// Whether a write that failed can have taken effect.
+enum class Outcome { NotApplied, MaybeApplied };
+
+/// Why a call failed.
+struct Error {
+  ErrorCode code{ErrorCode::Internal};
+  std::string message;                   // what could not be done
+  std::string cause;                     // why, in the words of etcd or of the system; may be empty
+  Outcome outcome{Outcome::NotApplied};  // of a write
+  std::int64_t revision{0};              // of Compacted: the oldest revision still there
+};
+
+/// "[CODE] message: cause".
+std::string to_string(const Error& error);
+
+/// What Result::value() throws.
+class CoordinationError : public std::runtime_error {
+ public:
+  explicit CoordinationError(Error error)
+      : std::runtime_error(to_string(error)), error_(std::move(error)) {}
+  ErrorCode code() const { return error_.code; }
+  const Error& error() const { return error_; }
+
+ private:
+  Error error_;
+};
+
+/// True if `e` is a CoordinationError.
+bool is_coordination_error(const std::exception& e);
+
+/// The code of a CoordinationError; Internal for any other exception.
+ErrorCode get_error_code(const std::exception& e);
+
+namespace detail {
+[[noreturn]] void raise(const Error& error);  // throws CoordinationError; aborts without exceptions
+}  // namespace detail
+
+/// A value or an Error. `*`, `->` and error() assert that there is one; value() throws.
+template <class T>
+class [[nodiscard]] Result {
+ public:
+  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}
+  Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}
+
+  explicit operator bool() const { return state_.index() == 0; }
+  bool has_value() const { return state_.index() == 0; }
+
+  T& operator*() & { return *get(); }
+  const T& operator*() const& { return *get(); }
+  T operator*() && { return std::move(*get()); }
+  T* operator->() { return get(); }
+  const T* operator->() const { return get(); }
+
+  T& value() & { return require(), *get(); }
+  const T& value() const& { return require(), *get(); }
+  T value() && { return require(), std::move(*get()); }  // by value: safe in a range-for
+
+  template <class U>
+  T value_or(U&& other) const& {
+    return has_value() ? *get() : static_cast<T>(std::forward<U>(other));
+  }
+  template <class U>
+  T value_or(U&& other) && {
+    return has_value() ? std::move(*get()) : static_cast<T>(std::forward<U>(other));
+  }
+
+  const Error& error() const {
+    assert(!has_value() && "error() of a Result that holds a value");
+    return *std::get_if<1>(&state_);
+  }
+
+ private:
+  T* get() {
+    assert(has_value() && "* or -> of a Result that holds an error");
+    return std::get_if<0>(&state_);
+  }
+  const T* get() const { return const_cast<Result*>(this)->get(); }
+  void require() const {
+    if (!has_value()) detail::raise(error());
+  }
+
+  std::variant<T, Error> state_;
+};
+
+/// Success or an Error.
+template <>
+class [[nodiscard]] Result<void> {
+ public:
+  Result() = default;
+  Result(Error error) : error_(std::move(error)) {}
+
+  explicit operator bool() const { return !error_; }
+  bool has_value() const { return !error_; }
+  void value() const {
+    if (error_) detail::raise(*error_);
+  }
+  const Error& error() const {
+    assert(error_ && "error() of a Result that succeeded");
+    return *error_;
+  }
+
+ private:
+  std::optional<Error> error_;
+};
+
+// == 2. Execution ===============================================================================
+
+namespace detail {
+struct ContextState;
+struct CancelHook;
+}  // namespace detail
+
+/// How long a call may take, and a way to end it from another thread.
+///
+/// Copies share one state: keep a copy to cancel a call that runs elsewhere. A call whose deadline
+/// passes fails with Timeout, one whose Context is cancelled with Cancelled, both at once.
+class Context {
+ public:
+  /// Keeps a handler registered while it lives. Its destructor waits for a handler that is running
+  /// in another thread.
+  using Hook = std::shared_ptr<detail::CancelHook>;
+
+  /// Neither a deadline nor cancelled.
+  Context();
+  static Context with_timeout(milliseconds timeout);
+  static Context with_deadline(std::chrono::steady_clock::time_point deadline);
+  /// A Context that ends with `parent`, or when it is itself cancelled.
+  static Context child_of(const Context& parent);
+
+  /// Ends every call that has this Context, or a child of it.
+  void cancel() const;
+  /// True once cancel() was called.
+  bool cancelled() const;
+  /// True once it is cancelled or its deadline has passed.
+  bool done() const;
+  std::optional<std::chrono::steady_clock::time_point> deadline() const;
+
+  /// For transports: calls `handler` once, from the thread that cancels, or at once if that has
+  /// happened already. A deadline that passes calls nothing.
+  [[nodiscard]] Hook on_cancel(std::function<void()> handler) const;
+
+  explicit Context(std::shared_ptr<detail::ContextState> state) : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::ContextState> state_;
+};
+
+enum class LogLevel { Debug, Info, Warn, Error };
+const char* to_string(LogLevel level);
+
+using LogFields = std::vector<std::pair<std::string, std::string>>;
+
+/// Receives the library's log. Passwords, tokens and configuration values are never in it.
+/// Threads: called from any thread, several at once. It must not call back into the library.
+using Logger = std::function<void(LogLevel level, std::string_view message, const LogFields&)>;
+
+/// A Logger that writes lines of `level message key=value ...` to standard error.
+Logger stderr_logger(LogLevel minimum = LogLevel::Info);
+
+/// The time by which leases are judged. Contexts always use the real steady clock.
+class Clock {
+ public:
+  using time_point = std::chrono::steady_clock::time_point;
+  virtual ~Clock() = default;
+  virtual time_point now() const = 0;
+  /// Calls `wake` after every jump of time until `wake` returns false. A real clock never jumps.
+  virtual void on_jump(std::function<bool()> wake) { static_cast<void>(wake); }
+};
+
+/// A Clock that stands still until it is told to move: for tests.
+class ManualClock : public Clock {
+ public:
+  ManualClock();
+  time_point now() const override { return read(); }
+  void on_jump(std::function<bool()> wake) override { listen(std::move(wake)); }
+  /// Moves time and wakes whatever was waiting for it.
+  void advance(milliseconds by);
+
+ private:
+  struct State;
+  time_point read() const;
+  void listen(std::function<bool()> wake);
+  std::shared_ptr<State> state_;
+};
+
+// == 4. Transport ===============================================================================
+
+/// TLS for `https://` endpoints.
+struct TlsOptions {
+  std::string ca_file;          // PEM; empty = the system's certificates
+  std::string cert_file;        // client certificate and key, PEM; both or none. etcd's gateway
+  std::string key_file;         //   refuses a certificate with a CN while authentication is on
+  bool verify_server{true};
+};
+
+/// One POST to one member.
+struct HttpRequest {
+  std::string endpoint;  // "http://host:port" or "https://host:port"
+  std::string path;      // "/v3/kv/put"
+  std::vector<std::pair<std::string, std::string>> headers;  // to be sent as they are
+  std::string body;
+  milliseconds idle_timeout{0};  // fail when no byte came for so long; 0 = no such limit
+};
+
+struct HttpResponse {
+  int status{0};
+  std::string body;  // empty where the bytes went to a sink
+};
+
+/// Receives the bytes of an answer as they come; false ends the request.
+using ChunkSink = std::function<bool(std::string_view bytes)>;
+
+/// How requests reach etcd. Implement this one function to bring your own HTTP.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  /// Sends one POST and reads its answer.
+  ///
+  /// Without a sink the whole body is returned. With one, the body of a 2xx answer goes to it
+  /// piece by piece (an end of the stream, also an early one, is then an error or a response; the
+  /// caller knows how to go on), and the body of any other answer is returned. The sink may itself
+  /// call perform. A request with the header `Connection: close` must be sent with it: etcd's
+  /// gateway loses parts of larger bodies on persistent connections.
+  /// Threads: called from many at once.
+  /// Blocks:  until the answer is complete, the sink returns false, or `ctx` is done; then it
+  ///          must return promptly, with Timeout or Cancelled.
+  /// Errors:  outcome NotApplied only if not one byte of the request can have reached the member.
+  virtual Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                                       const Context& ctx) = 0;
+};
+
+/// The Transport on cpp-httplib: pooled keep-alive connections, TCP_NODELAY, TLS by OpenSSL.
+/// Blocks: a host name is looked up by the system's resolver, which cannot be interrupted.
+/// Errors: Unavailable from every request if it was built without cpp-httplib.
+std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls = {});
+
+// == 5. Client ==================================================================================
+
+/// How often and how fast a failed request is repeated, where that is safe: reads on any failure,
+/// writes only if they were certainly not applied. The next member is tried at once; after each
+/// round over all members there is a delay, with jitter.
+struct RetryConfig {
+  int max_attempts{3};              // rounds over all members; at least one is always made
+  milliseconds initial_delay{100};
+  milliseconds max_delay{2000};
+  double multiplier{2.0};           // of the delay, after each round
+};
+
+/// All that a Coordinator can be told.
+struct CoordinatorOptions {
+  // [http[s]://]host:port, [::1]:port; without a scheme https if `tls` names a file, else http
+  std::vector<std::string> endpoints{"localhost:2379"};
+  std::string username;          // empty = no login
+  std::string password;
+  milliseconds timeout{5000};    // of a call whose Context has no deadline
+  RetryConfig retry_config;
+  TlsOptions tls;
+  std::string key_prefix;        // put before "/locks", "/services", "/config", "/elections"
+  Logger logger;                 // none = silent
+  std::shared_ptr<Transport> transport;  // none = make_default_transport(tls)
+  std::shared_ptr<Clock> clock;          // none = the steady clock
+};
+
+/// A key as etcd keeps it. Keys and values are bytes.
+struct KeyValue {
+  std::string key;
+  std::string value;
+  std::int64_t create_revision{0};
+  std::int64_t mod_revision{0};
+  std::int64_t version{0};
+  std::int64_t lease{0};
+};
+
+/// The `range_end` that makes a range of all keys that begin with `prefix`.
+std::string prefix_range_end(std::string_view prefix);
+
+enum class SortOrder { None, Ascend, Descend };
+enum class SortTarget { Key, Version, Create, Mod, Value };
+
+struct RangeRequest {
+  std::string key;
+  std::string range_end{};     // empty = this key alone
+  std::int64_t limit{0};       // 0 = all
+  std::int64_t revision{0};    // 0 = now
+  SortOrder sort_order{SortOrder::None};
+  SortTarget sort_target{SortTarget::Key};
+  bool serializable{false};    // true = from the member's own data, which may be old
+  bool keys_only{false};
+  bool count_only{false};
+  std::int64_t min_mod_revision{0}, max_mod_revision{0};
+  std::int64_t min_create_revision{0}, max_create_revision{0};
+};
+
+struct RangeResponse {
+  std::vector<KeyValue> kvs;
+  std::int64_t count{0};       // of all keys in the range, whatever `limit` and the filters say
+  bool more{false};
+  std::int64_t revision{0};    // of the store when it answered
+};
+
+struct PutRequest {
+  std::string key;
+  std::string value;
+  std::int64_t lease{0};
+  bool prev_kv{false};
+  bool ignore_value{false};    // keep the value, change the lease
+  bool ignore_lease{false};    // keep the lease, change the value
+};
+
+struct PutResponse {
+  std::int64_t revision{0};
+  std::optional<KeyValue> prev_kv;
+};
+
+struct RemoveRequest {
+  std::string key;
+  std::string range_end{};
+  bool prev_kv{false};
+};
+
+struct RemoveResponse {
+  std::int64_t deleted{0};
+  std::vector<KeyValue> prev_kvs;
+  std::int64_t revision{0};
+};
+
+/// A condition of a Txn. On a missing key every number is 0 and no value compares.
+struct Compare {
+  enum class Target { Version, Create, Mod, Value, Lease };
+  enum class Is { Equal, Greater, Less, NotEqual };
+
+  std::string key;
+  Target target{Target::Create};
+  Is is{Is::Equal};
+  std::int64_t number{0};
+  std::string bytes{};         // of Target::Value
+  std::string range_end{};     // true if it holds for all keys of the range
+
+  static Compare create_revision(std::string key, Is is, std::int64_t revision);
+  static Compare mod_revision(std::string key, Is is, std::int64_t revision);
+  static Compare version(std::string key, Is is, std::int64_t version);
+  static Compare lease(std::string key, Is is, std::int64_t lease);
+  static Compare value(std::string key, Is is, std::string value);
+  static Compare exists(std::string key);
+  static Compare missing(std::string key);
+};
+
+struct Txn;
+
+/// One operation of a Txn.
+struct Op {
+  std::variant<RangeRequest, PutRequest, RemoveRequest, std::shared_ptr<const Txn>> request;
+
+  static Op range(RangeRequest request);
+  static Op get(std::string key);
+  static Op put(std::string key, std::string value, std::int64_t lease = 0);
+  static Op put(PutRequest request);
+  static Op remove(std::string key);
+  static Op remove(RemoveRequest request);
+  static Op txn(Txn txn);
+};
+
+/// If all of `compare` hold, `success` is done, else `failure`; as one step.
+struct Txn {
+  std::vector<Compare> compare;
+  std::vector<Op> success;
+  std::vector<Op> failure;
+
+  Txn& when(Compare c) & { return compare.push_back(std::move(c)), *this; }
+  Txn& then(Op op) & { return success.push_back(std::move(op)), *this; }
+  Txn& otherwise(Op op) & { return failure.push_back(std::move(op)), *this; }
+  Txn&& when(Compare c) && { return std::move(when(std::move(c))); }
+  Txn&& then(Op op) && { return std::move(then(std::move(op))); }
+  Txn&& otherwise(Op op) && { return std::move(otherwise(std::move(op))); }
+};
+
+struct TxnResponse;
+using OpResponse =
+    std::variant<RangeResponse, PutResponse, RemoveResponse, std::shared_ptr<const TxnResponse>>;
+
+struct TxnResponse {
+  bool succeeded{false};
+  std::vector<OpResponse> responses;  // one for each Op of the branch that was taken
+  std::int64_t revision{0};
+
+  /// The answer of the i-th operation, which was a range or get; empty if it was not.
+  const RangeResponse& range(std::size_t i) const;
+};
+
+/// What one member says of itself.
+struct Status {
+  std::string endpoint;
+  std::string version;
+  std::int64_t db_size{0};
+  std::uint64_t leader{0};
+  std::uint64_t member_id{0};
+  std::uint64_t raft_term{0};
+  std::int64_t revision{0};
+  std::vector<std::string> errors;  // "etcdserver: no leader", ...
+};
+
+class Lease;
+class Subscription;
+struct WatchEvent;
+struct WatchRequest;
+template <class Event>
+class Watch;
+
+namespace detail {
+struct ClientState;
+}
+
+/// etcd in its own vocabulary: bytes in, bytes out, keys as they are (no prefix is added).
+/// It goes on to the next member when one fails, logs in, and repeats what is safe to repeat.
+class Client {
+ public:
+  /// Errors: NotFound if there is no such key.
+  Result<KeyValue> get(std::string key, Context ctx = {});
+  Result<RangeResponse> range(RangeRequest request, Context ctx = {});
+  Result<PutResponse> put(std::string key, std::string value, Context ctx = {});
+  Result<PutResponse> put(PutRequest request, Context ctx = {});
+  Result<RemoveResponse> remove(std::string key, Context ctx = {});
+  Result<RemoveResponse> remove(RemoveRequest request, Context ctx = {});
+  /// A Txn whose compares failed is no error: see TxnResponse::succeeded.
+  Result<TxnResponse> commit(Txn txn, Context ctx = {});
+  /// Discards all history before `revision`. Success if that has been done already.
+  Result<void> compact(std::int64_t revision, Context ctx = {});
+  /// Of the member in use.
+  Result<Status> status(Context ctx = {});
+
+  /// A lease that renews itself until its handle is destroyed, revoked or detached.
+  /// etcd has a minimum (2 s by default): Lease::ttl() tells what was granted.
+  Result<Lease> grant(milliseconds ttl, Context ctx = {});
+
+  /// Every change of a key or range, in order, from `start_revision` or from now on.
+  Result<Watch<WatchEvent>> watch(WatchRequest request, Context ctx = {});
+  Result<Watch<WatchEvent>> watch(std::string key, Context ctx = {});
+  Result<Subscription> watch(WatchRequest request, std::function<void(const WatchEvent&)> handler,
+                             Context ctx = {});
+
+  explicit Client(std::shared_ptr<detail::ClientState> state) : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::ClientState> state_;
+};
+
+// == 6. Lease ===================================================================================
+
+namespace detail {
+struct LeaseState;
+}
+
+/// A lease that is kept alive. Move-only; the destructor revokes it, and with it its keys.
+///
+/// It is renewed at a third of the granted TTL, together with all others in one request. It is
+/// lost when etcd says so, or when TTL has passed since the last successful renewal was *sent*
+/// (etcd may count from later, never from earlier).
+class Lease {
+ public:
+  Lease(Lease&&) noexcept = default;
+  Lease& operator=(Lease&& other) noexcept;
+  ~Lease();
+
+  std::int64_t id() const;
+  /// The TTL that etcd has granted.
+  milliseconds ttl() const;
+  /// True while the lease is certainly alive. Local: no request is sent.
+  bool held() const;
+  /// Calls `handler` once when the lease is lost, also if that has happened already. Not after
+  /// revoke or detach.
+  void on_lost(std::function<void(const Error&)> handler);
+  /// What etcd says is left.
+  Result<milliseconds> remaining(Context ctx = {});
+  /// Renews now. Errors: Lost.
+  Result<void> keep_alive_once(Context ctx = {});
+  /// Ends the lease and deletes its keys. A lease that is gone already is a success.
+  Result<void> revoke(Context ctx = {});
+  /// Stops renewing and gives the lease up to its TTL; returns its id.
+  std::int64_t detach();
+
+  explicit Lease(std::shared_ptr<detail::LeaseState> state) : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::LeaseState> state_;
+};
+
+// == 7. Watch ===================================================================================
+
+enum class EventType { Put, Delete };
+const char* to_string(EventType type);  // "PUT", "DELETE"
+
+struct WatchEvent {
+  EventType type{EventType::Put};
+  KeyValue kv;                      // of a Delete: the key and the revision that removed it
+  std::optional<KeyValue> prev_kv;  // if it was asked for and there was one
+  std::int64_t revision{0};
+};
+
+/// What Client::watch is to watch.
+struct WatchRequest {
+  std::string key;
+  std::string range_end{};          // empty = this key alone
+  std::int64_t start_revision{0};   // 0 = from now on
+  bool prev_kv{false};
+  bool no_put{false}, no_delete{false};
+  std::size_t queue_size{1024};     // see Watch
+};
+
+/// How registry and configuration watch.
+struct WatchOptions {
+  bool include_existing{false};     // begin with a Put for all that is there, the oldest first
+  std::size_t queue_size{1024};     // see Watch
+};
+
+namespace detail {
+template <class Event>
+class EventSource {
+ public:
+  virtual ~EventSource() = default;
+  virtual Result<Event> next(const Context& ctx) = 0;
+  virtual void cancel() = 0;
+};
+}  // namespace detail
+
+/// Events, one after the other: in order, each once, none left out, whatever happens to the
+/// connection. Move-only.
+///
+/// All watches of a Coordinator share a few streams. At most `queue_size` events (more only if one
+/// revision has more) wait for a slow reader; then this watch rests, and goes on from where it
+/// stopped when they have been read.
+/// Threads: one reader at a time; cancel() from any thread.
+template <class Event>
+class Watch {
+ public:
+  class iterator;
+
+  Watch(Watch&&) noexcept = default;
+  Watch& operator=(Watch&& other) noexcept {
+    if (this != &other) cancel();
+    source_ = std::move(other.source_);
+    return *this;
+  }
+  ~Watch() { cancel(); }
+
+  /// Blocks: until there is an event or `ctx` is done.
+  /// Errors: Timeout and Cancelled of `ctx` end nothing, call again. Cancelled after cancel() and
+  ///         close(). Compacted only from Client::watch: events are missing, the watch has ended.
+  ///         PermissionDenied ends it, too.
+  Result<Event> next(Context ctx = {}) {
+    if (!source_) return Error{ErrorCode::Cancelled, "the watch has been moved from", "", {}};
+    return source_->next(ctx);
+  }
+
+  /// For (auto& event : watch): until the watch ends.
+  iterator begin() { return iterator(this); }
+  iterator end() { return iterator(); }
+
+  /// Ends the watch and wakes its reader.
+  void cancel() {
+    if (source_) source_->cancel();
+  }
+
+  explicit Watch(std::shared_ptr<detail::EventSource<Event>> source)
+      : source_(std::move(source)) {}
+
+ private:
+  std::shared_ptr<detail::EventSource<Event>> source_;
+};
+
+template <class Event>
+class Watch<Event>::iterator {
+ public:
+  using iterator_category = std::input_iterator_tag;
+  using value_type = Event;
+  using difference_type = std::ptrdiff_t;
+  using pointer = Event*;
+  using reference = Event&;
+
+  iterator() = default;
+  explicit iterator(Watch* watch) : watch_(watch) { ++*this; }
+  reference operator*() { return **event_; }
+  pointer operator->() { return &**event_; }
+  iterator& operator++() {
+    event_ = std::make_shared<Result<Event>>(watch_->next());
+    if (!*event_) watch_ = nullptr;
+    return *this;
+  }
+  void operator++(int) { ++*this; }
+  bool operator==(const iterator& other) const { return watch_ == other.watch_; }
+  bool operator!=(const iterator& other) const { return watch_ != other.watch_; }
+
+ private:
+  Watch* watch_{nullptr};
+  std::shared_ptr<Result<Event>> event_;
+};
+
+namespace detail {
+class SubscriptionState {
+ public:
+  virtual ~SubscriptionState() = default;
+  virtual void cancel() = 0;
+};
+}  // namespace detail
+
+/// A handler that is called with events. Move-only; after its destructor no handler runs.
+class Subscription {
+ public:
+  Subscription() = default;
+  Subscription(Subscription&&) noexcept = default;
+  Subscription& operator=(Subscription&& other) noexcept {
+    if (this != &other) cancel();
+    state_ = std::move(other.state_);
+    return *this;
+  }
+  ~Subscription() { cancel(); }
+
+  /// Blocks: until a handler that is running in another thread has returned.
+  void cancel() {
+    if (state_) state_->cancel();
+  }
+
+  explicit Subscription(std::shared_ptr<detail::SubscriptionState> state)
+      : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::SubscriptionState> state_;
+};
+
+// == 8. Lock ====================================================================================
+
+namespace detail {
+struct CoordinatorState;
+struct OwnedKey;
+}  // namespace detail
+
+/// A lock that is held: exclusive, shared, or a permit of a semaphore. Move-only.
+///
+/// It renews itself at a third of the granted TTL until it is unlocked. It is lost when its lease
+/// is gone, when somebody deletes its key, or when TTL has passed since the last successful
+/// renewal was sent; then renewing stops, the lease is revoked and on_lost is told, once.
+///
+/// A lock on a lease cannot stop a holder that does not notice the time (a paused process, a
+/// request in flight). What must not be written by two holders needs the fencing token: in etcd
+/// write with put(), remove() or commit() of this class or add guard() to a Txn; elsewhere let
+/// the resource refuse a token lower than the highest it has seen.
+class Lock {
+ public:
+  Lock(Lock&&) noexcept = default;
+  Lock& operator=(Lock&& other) noexcept;
+  /// Unlocks. Blocks: half a second at most; then it is done in the background, or by the TTL.
+  ~Lock();
+
+  /// The key that this holder owns: `<key_prefix>/locks/<key>/<lease in hex>`.
+  const std::string& key() const;
+  /// Greater for every later holder of the same lock: the create revision of key().
+  std::int64_t fencing_token() const;
+  /// True while the lock is certainly ours. Local: no request is sent.
+  bool held() const;
+  /// Calls `handler` once when the lock is lost, also if that has happened already. Not after
+  /// unlock.
+  void on_lost(std::function<void(const Error&)> handler);
+  /// True in a Txn exactly while the lock is ours.
+  Compare guard() const;
+
+  /// Deletes key(), nobody else's.
+  /// Errors: Lost if it was gone; Validation if it was unlocked before. After any other error the
+  ///         lock is given up all the same, in the background or by its TTL.
+  Result<void> unlock(Context ctx = {});
+  /// Renews now and from then on with `ttl`. If it differs from the present one, key() moves to a
+  /// new lease and keeps its place and its token. Errors: Lost.
+  Result<void> renew(milliseconds ttl, Context ctx = {});
+  /// What is left, as etcd says. Errors: Lost.
+  Result<milliseconds> ttl(Context ctx = {});
+
+  /// Writes that take place only while the lock is ours. Errors: Lost if it was not.
+  Result<PutResponse> put(std::string key, std::string value, Context ctx = {});
+  Result<RemoveResponse> remove(std::string key, Context ctx = {});
+  /// `txn` as Client::commit does it, inside the guard. Errors: Lost if the guard did not hold;
+  /// then nothing was done.
+  Result<TxnResponse> commit(Txn txn, Context ctx = {});
+
+  explicit Lock(std::shared_ptr<detail::OwnedKey> state) : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::OwnedKey> state_;
+};
+
+/// A counting semaphore: at most `permits` holders, first come, first served.
+class Semaphore {
+ public:
+  /// Blocks: until there is a permit or `ctx` is done.
+  Result<Lock> acquire(milliseconds ttl, Context ctx = {});
+  /// Errors: Conflict if there is none.
+  Result<Lock> try_acquire(milliseconds ttl, Context ctx = {});
+
+  Semaphore(std::shared_ptr<detail::CoordinatorState> state, std::string key, int permits)
+      : state_(std::move(state)), key_(std::move(key)), permits_(permits) {}
+
+ private:
+  std::shared_ptr<detail::CoordinatorState> state_;
+  std::string key_;
+  int permits_;
+};
+
+/// Locks by name. First come, first served, and in one queue with `etcdctl lock /locks/<key>` and
+/// Go's concurrency.Mutex.
+///
+/// A key is one or more segments joined by '/'; an empty segment, `.` or `..` is Validation, and
+/// so is a TTL that is not positive. etcd grants whole seconds and has a minimum (2 s by default);
+/// the TTL is rounded up.
+class DistributedLock {
+ public:
+  /// Blocks: until the lock is ours or `ctx` is done. A call that fails leaves nothing behind.
+  Result<Lock> acquire(std::string key, milliseconds ttl, Context ctx = {});
+  /// Errors: Conflict if somebody holds it.
+  Result<Lock> try_acquire(std::string key, milliseconds ttl, Context ctx = {});
+  /// A lock that any number of shared holders have together, but none beside an exclusive one.
+  Result<Lock> acquire_shared(std::string key, milliseconds ttl, Context ctx = {});
+  Result<Lock> try_acquire_shared(std::string key, milliseconds ttl, Context ctx = {});
+  /// Keys: `<key_prefix>/semaphores/<key>/`. All users of a key must agree on `permits`.
+  Semaphore semaphore(std::string key, int permits);
+
+  /// Acquires, calls `fn(lock)` (which returns nothing) and unlocks.
+  /// Errors: those of acquire; Lost if the lock was lost before `fn` had returned.
+  template <class Fn>
+  Result<void> with_lock(std::string key, milliseconds ttl, Fn&& fn, Context ctx = {}) {
+    auto lock = acquire(std::move(key), ttl, std::move(ctx));
+    if (!lock) return lock.error();
+    std::forward<Fn>(fn)(*lock);
+    return lock->unlock();
+  }
+
+  explicit DistributedLock(std::shared_ptr<detail::CoordinatorState> state)
+      : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::CoordinatorState> state_;
+};
+
+// == 9. Election ================================================================================
+
+/// Who leads.
+struct LeaderInfo {
+  std::string key;          // empty: nobody leads
+  std::string value;        // what the leader has proclaimed
+  std::int64_t token{0};    // its fencing token
+  std::int64_t revision{0}; // of etcd, when this was so
+  bool exists() const { return !key.empty(); }
+};
+
+/// An office that is held. Move-only; the destructor resigns. Loss and fencing are as for Lock.
+class Leadership {
+ public:
+  Leadership(Leadership&&) noexcept = default;
+  Leadership& operator=(Leadership&& other) noexcept;
+  ~Leadership();
+
+  const std::string& key() const;
+  std::int64_t fencing_token() const;
+  bool held() const;
+  void on_lost(std::function<void(const Error&)> handler);
+  Compare guard() const;
+
+  /// Announces a new value. Errors: Lost.
+  Result<void> proclaim(std::string value, Context ctx = {});
+  /// Errors: Lost if the office was gone; Validation if it was given up before.
+  Result<void> resign(Context ctx = {});
+
+  explicit Leadership(std::shared_ptr<detail::OwnedKey> state) : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::OwnedKey> state_;
+};
+
+/// Elections by name, under `<key_prefix>/elections/<name>`; candidates of `etcdctl elect` and
+/// Go's concurrency.Election on that prefix stand in the same queue.
+class Election {
+ public:
+  /// Blocks: until this candidate leads or `ctx` is done. A call that fails leaves nothing behind.
+  Result<Leadership> campaign(std::string name, std::string value, milliseconds ttl,
+                              Context ctx = {});
+  /// Errors: NotFound if nobody leads.
+  Result<LeaderInfo> leader(std::string name, Context ctx = {});
+  /// The leader now, and then every other leader or value, also "nobody".
+  Result<Watch<LeaderInfo>> observe(std::string name, Context ctx = {});
+  Result<Subscription> observe(std::string name, std::function<void(const LeaderInfo&)> handler,
+                               Context ctx = {});
+
+  explicit Election(std::shared_ptr<detail::CoordinatorState> state) : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::CoordinatorState> state_;
+};
+
+// == 10. Registry ===============================================================================
+
+/// One instance of a service. In etcd: `<key_prefix>/services/<name>/<id>`, as JSON.
+struct ServiceInfo {
+  std::string id;
+  std::string name;
+  std::string address;
+  int port{0};
+  std::map<std::string, std::string> metadata{};
+  milliseconds ttl{30000};  // how long the record outlives its process
+};
+
+bool operator==(const ServiceInfo& a, const ServiceInfo& b);
+bool operator!=(const ServiceInfo& a, const ServiceInfo& b);
+
+struct ServiceEvent {
+  EventType type{EventType::Put};
+  ServiceInfo service;              // of a Delete: the last record
+  std::chrono::system_clock::time_point timestamp;  // when it was received
+  std::int64_t revision{0};
+};
+
+/// What becomes of a registration whose record has vanished from etcd.
+enum class HealPolicy {
+  Restore,    // it is made again
+  NotifyOnly  // the handler is told, and it stays away
+};
+
+enum class RegistrationEvent {
+  Registered,  // the record is in etcd (again)
+  Lost,        // it is gone: lease lost, key deleted, or etcd lost its data
+  Replaced     // somebody else has registered the same name and id; ours gives way
+};
+const char* to_string(RegistrationEvent event);
+
+struct RegisterOptions {
+  HealPolicy heal{HealPolicy::Restore};
+  std::function<void(RegistrationEvent, const ServiceInfo&)> on_event{};
+};
+
+namespace detail {
+struct ViewCore;
+}
+
+/// The instances of one service, kept up to date. Move-only.
+class ServiceView {
+ public:
+  enum class Pick { RoundRobin, Random };
+
+  ServiceView(ServiceView&&) noexcept = default;
+  ServiceView& operator=(ServiceView&& other) noexcept;
+  ~ServiceView();
+
+  /// All instances at one revision, by id. Local: no request is sent.
+  std::vector<ServiceInfo> instances() const;
+  /// One of them. Errors: NotFound if there is none.
+  Result<ServiceInfo> pick(Pick how = Pick::RoundRobin);
+  /// The revision that instances() stands for.
+  std::int64_t revision() const;
+  /// True while a stream to etcd is open; false = what is shown may be old.
+  bool connected() const;
+  /// How long ago etcd was last heard of; zero while connected.
+  milliseconds age() const;
+  /// Calls `handler` after every change; several changes may be told in one call.
+  void on_change(std::function<void()> handler);
+
+  explicit ServiceView(std::shared_ptr<detail::ViewCore> core);
+
+ private:
+  std::shared_ptr<detail::ViewCore> core_;
+};
+
+/// Services by name. A name or id is one segment: not empty, no '/', not `.` or `..`.
+class ServiceRegistry {
+ public:
+  /// Registers, or replaces at once what this Coordinator had registered under that name and id.
+  /// The record stays until unregister or close, and comes back by itself (see HealPolicy).
+  /// Errors: Validation also for an empty address, a port outside 1-65535, a TTL <= 0.
+  Result<void> register_service(ServiceInfo service, Context ctx = {});
+  Result<void> register_service(ServiceInfo service, RegisterOptions options, Context ctx = {});
+  /// Ends every registration with this id that this Coordinator has made.
+  /// Errors: NotFound if there is none.
+  Result<void> unregister(std::string id, Context ctx = {});
+
+  /// The instances of a service, by id. Records that cannot be read are skipped and logged.
+  Result<std::vector<ServiceInfo>> discover(std::string name, Context ctx = {});
+
+  /// Every change from now on. A Coordinator that cannot follow (compaction) reads again and
+  /// delivers the difference.
+  Result<Watch<ServiceEvent>> watch(std::string name, Context ctx = {});
+  Result<Watch<ServiceEvent>> watch(std::string name, WatchOptions options, Context ctx = {});
+  Result<Subscription> watch(std::string name, std::function<void(const ServiceEvent&)> handler,
+                             Context ctx = {});
+  Result<Subscription> watch(std::string name, std::function<void(const ServiceEvent&)> handler,
+                             WatchOptions options, Context ctx = {});
+  Result<ServiceView> view(std::string name, Context ctx = {});
+
+  explicit ServiceRegistry(std::shared_ptr<detail::CoordinatorState> state)
+      : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::CoordinatorState> state_;
+};
+
+// == 11. Config =================================================================================
+
+template <class Json>
+struct BasicConfigEvent {
+  EventType type{EventType::Put};
+  std::string key;  // as given to set()
+  Json value;       // of a Delete: null
+  std::chrono::system_clock::time_point timestamp;  // when it was received
+  std::int64_t revision{0};
+};
+using ConfigEvent = BasicConfigEvent<nlohmann::json>;
+
+template <class Json>
+struct BasicConfigEntry {
+  std::string key;
+  Json value;
+  std::int64_t revision{0};  // of its last change: what compare_and_set expects
+};
+using ConfigEntry = BasicConfigEntry<nlohmann::json>;
+
+/// The configuration under a prefix, kept up to date. Move-only.
+class ConfigView {
+ public:
+  ConfigView(ConfigView&&) noexcept = default;
+  ConfigView& operator=(ConfigView&& other) noexcept;
+  ~ConfigView();
+
+  /// Local: no request is sent. Errors: NotFound.
+  Result<nlohmann::json> get(const std::string& key) const;
+  Result<ConfigEntry> get_entry(const std::string& key) const;
+  std::vector<std::string> keys() const;
+  /// The revision that all of it stands for.
+  std::int64_t revision() const;
+  /// As ServiceView's.
+  bool connected() const;
+  milliseconds age() const;
+  void on_change(std::function<void()> handler);
+
+  explicit ConfigView(std::shared_ptr<detail::ViewCore> core);
+
+ private:
+  std::shared_ptr<detail::ViewCore> core_;
+};
+
+namespace detail {
+Error conversion_error(const std::string& key, const char* what);
+}
+
+/// Configuration by key, under `<key_prefix>/config/<key>`. Keys are as for DistributedLock.
+///
+/// Any JSON value comes back as it went in. In etcd a string stands as it is, as the Go module
+/// writes it, unless its text would parse as JSON: then it is quoted. Bytes that are no JSON read
+/// back as a string.
+class ConfigCenter {
+ public:
+  /// Errors: NotFound.
+  Result<nlohmann::json> get(std::string key, Context ctx = {});
+  Result<ConfigEntry> get_entry(std::string key, Context ctx = {});
+  /// As a C++ type. Errors: Validation if the value is not of that type.
+  template <class T, class Json = nlohmann::json>
+  Result<T> get_as(std::string key, Context ctx = {}) {
+    Result<Json> json = get(key, std::move(ctx));
+    if (!json) return json.error();
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+    try {
+      return json->template get<T>();
+    } catch (const std::exception& e) {
+      return detail::conversion_error(key, e.what());
+    }
+#else
+    return json->template get<T>();
+#endif
+  }
+
+  /// Errors: Validation if a string in it is not UTF-8, or it is over etcd's limit of 1.5 MiB.
+  Result<void> set(std::string key, const nlohmann::json& value, Context ctx = {});
+  /// Writes only if the key was last changed at `expected_revision` (0 = must not exist); returns
+  /// the new revision. Errors: Conflict if it was not.
+  Result<std::int64_t> compare_and_set(std::string key, std::int64_t expected_revision,
+                                       const nlohmann::json& value, Context ctx = {});
+  /// Errors: NotFound.
+  Result<void> remove(std::string key, Context ctx = {});
+  /// The keys under `prefix` + '/', and `prefix` itself, in order; "" = all.
+  Result<std::vector<std::string>> list(std::string prefix, Context ctx = {});
+
+  /// Every change of one key from now on. After a compaction: as ServiceRegistry::watch.
+  Result<Watch<ConfigEvent>> watch(std::string key, Context ctx = {});
+  Result<Watch<ConfigEvent>> watch(std::string key, WatchOptions options, Context ctx = {});
+  Result<Subscription> watch(std::string key, std::function<void(const ConfigEvent&)> handler,
+                             Context ctx = {});
+  Result<Subscription> watch(std::string key, std::function<void(const ConfigEvent&)> handler,
+                             WatchOptions options, Context ctx = {});
+  /// Every change of what list(prefix) lists.
+  Result<Watch<ConfigEvent>> watch_prefix(std::string prefix, Context ctx = {});
+  Result<Watch<ConfigEvent>> watch_prefix(std::string prefix, WatchOptions options,
+                                          Context ctx = {});
+  Result<Subscription> watch_prefix(std::string prefix,
+                                    std::function<void(const ConfigEvent&)> handler,
+                                    Context ctx = {});
+  Result<Subscription> watch_prefix(std::string prefix,
+                                    std::function<void(const ConfigEvent&)> handler,
+                                    WatchOptions options, Context ctx = {});
+  Result<ConfigView> view(std::string prefix, Context ctx = {});
+
+  explicit ConfigCenter(std::shared_ptr<detail::CoordinatorState> state)
+      : state_(std::move(state)) {}
+
+ private:
+  std::shared_ptr<detail::CoordinatorState> state_;
+};
+
+// == 12. Coordinator ============================================================================
+
+/// localhost:2379, 5 s, 3 attempts.
+CoordinatorOptions default_coordinator_options();
+
+/// Errors: Validation, with the option that is wrong.
+Result<void> validate(const CoordinatorOptions& options);
+
+/// The three services and the election over one etcd cluster. Move-only; the destructor closes.
+class Coordinator {
+ public:
+  /// Checks the options, tries every endpoint until one answers, and logs in.
+  /// Errors: Validation; PermissionDenied; Connection, Timeout or Unavailable if no member served.
+  static Result<Coordinator> connect(CoordinatorOptions options = default_coordinator_options(),
+                                     Context ctx = {});
+  /// A Coordinator over a new MemoryEtcd: no server is needed, and nothing outlives the process.
+  static Coordinator in_memory();
+
+  Coordinator(Coordinator&&) noexcept = default;
+  Coordinator& operator=(Coordinator&& other) noexcept;
+  ~Coordinator();
+
+  DistributedLock& lock() { return lock_; }
+  ServiceRegistry& registry() { return registry_; }
+  ConfigCenter& config() { return config_; }
+  Election& election() { return election_; }
+  Client& client() { return client_; }
+
+  /// Gives back all locks, leaderships and registrations, ends all watches and calls, and joins
+  /// its threads. Handles that still exist answer Cancelled from then on. May be repeated.
+  /// Blocks: a second at most, whatever the network does; leases not revoked by then expire. Only
+  ///         a handler of the user's that does not return is waited for longer.
+  Result<void> close();
+
+  explicit Coordinator(std::shared_ptr<detail::CoordinatorState> state);
+
+ private:
+  std::shared_ptr<detail::CoordinatorState> state_;
+  DistributedLock lock_;
+  ServiceRegistry registry_;
+  ConfigCenter config_;
+  Election election_;
+  Client client_;
+};
+
+// == 13. Globals ================================================================================
+
+/// For the default Coordinator that the functions below share; it is made at first use.
+/// Errors: Conflict while there is one: close() it first.
+Result<void> set_default_options(CoordinatorOptions options);
+/// Errors: those of Coordinator::connect; a later call tries again.
+Result<std::shared_ptr<Coordinator>> default_coordinator();
+/// Closes the default Coordinator, if there is one; the next use makes a new one.
+Result<void> close();
+
+Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx = {});
+Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx = {});
+Result<void> register_service(ServiceInfo service, Context ctx = {});
+Result<void> unregister_service(std::string id, Context ctx = {});
+Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx = {});
+Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx = {});
+Result<Subscription> watch_services(std::string name,
+                                    std::function<void(const ServiceEvent&)> handler,
+                                    Context ctx = {});
+Result<nlohmann::json> get_config(std::string key, Context ctx = {});
+Result<void> set_config(std::string key, const nlohmann::json& value, Context ctx = {});
+Result<void> delete_config(std::string key, Context ctx = {});
+Result<Watch<ConfigEvent>> watch_config(std::string key, Context ctx = {});
+Result<Subscription> watch_config(std::string key, std::function<void(const ConfigEvent&)> handler,
+                                  Context ctx = {});
+Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx = {});
+
+// == 14. MemoryEtcd =============================================================================
+
+namespace detail {
+class MemoryStore;
+}
+
+/// An etcd in memory behind the Transport: for prototypes, and for tests of what a program does
+/// when a lock is lost, a stream is cut or an answer never comes.
+///
+///   CoordinatorOptions options;
+///   options.transport = std::make_shared<MemoryEtcd>();
+///
+/// It speaks the JSON gateway of etcd 3.5. Several Coordinators may share one, as several
+/// processes share one etcd; each is known by its endpoints' names, which can be anything.
+class MemoryEtcd : public Transport {
+ public:
+  MemoryEtcd();
+  /// With a clock of its own: leases run out by `clock`. Give the same one to
+  /// CoordinatorOptions::clock.
+  explicit MemoryEtcd(std::shared_ptr<Clock> clock);
+  ~MemoryEtcd() override { shut_down(); }
+
+  Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                               const Context& ctx) override {
+    return serve(request, sink, ctx);
+  }
+
+  /// A MemoryEtcd whose time stands still until advance() is called, and its clock.
+  static std::shared_ptr<MemoryEtcd> manual_clock();
+  std::shared_ptr<Clock> clock() const;
+  /// Of manual_clock(): moves time; leases that ran out are gone when it returns.
+  void advance(milliseconds by);
+
+  // Faults. Requests are numbered from 1 in the order in which they came (streams count when they
+  // open); `endpoint` "" means every one.
+
+  /// The next `n` requests fail before they are applied: the connection is refused.
+  void fail_next(int n);
+  /// The next `n` requests are applied, and their answers are lost.
+  void drop_replies(int n);
+  /// The request with this number fails (`applied` false) or loses its answer (true).
+  void fail_request(std::int64_t number, bool applied);
+  /// The next `n` requests are answered with "etcdserver: no leader".
+  void no_leader(int n);
+  /// Every answer comes so much later (real time).
+  void delay(milliseconds by);
+  /// Ends all streams now; `mid_line`: after half a line.
+  void cut_streams(bool mid_line = false);
+  /// Refuses every connection from `endpoint` and cuts its streams, until heal().
+  void partition(const std::string& endpoint = "");
+  void heal();
+  /// A lease runs out now. False if there is none.
+  bool expire_lease(std::int64_t id);
+  /// Every token that was given out is dead.
+  void invalidate_tokens();
+  /// Discards history before the present revision.
+  void compact();
+  /// As an etcd that was killed and came back without its data.
+  void restart_empty();
+  /// Switches authentication on, with a user that may do anything. See also add_user.
+  void enable_auth(const std::string& root_password);
+  /// A user who may read and write keys that begin with `prefix`.
+  void add_user(const std::string& name, const std::string& password, const std::string& prefix);
+
+  // What is there.
+  std::int64_t requests() const;           // how many have come
+  std::int64_t revision() const;
+  std::vector<std::int64_t> leases() const;
+  std::vector<std::string> keys() const;
+
+ private:
+  Result<HttpResponse> serve(const HttpRequest& request, const ChunkSink& sink, const Context& ctx);
+  void shut_down();
+  std::shared_ptr<detail::MemoryStore> store_;
+};
+
+}  // namespace v0
+}  // namespace coordination
+
+#endif  // COORDINATION_HPP
+
+// == C. Implementation ==========================================================================
+
+#if COORDINATION_HEADER_ONLY || defined(COORDINATION_IMPLEMENTATION)
+#ifndef COORDINATION_IMPLEMENTED
+#define COORDINATION_IMPLEMENTED
+
+#if COORDINATION_HEADER_ONLY
+#define COORDINATION_API inline
+#else
+#define COORDINATION_API
+#endif
+
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+#define COORDINATION_EXCEPTIONS 1
+#else
+#define COORDINATION_EXCEPTIONS 0
+#endif
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <list>
+#include <mutex>
+#include <random>
+#include <set>
+#include <thread>
+#include <tuple>
+#include <unordered_map>
+
+#include <nlohmann/json.hpp>
+
+#if COORDINATION_USE_HTTPLIB
+#if !__has_include(<httplib.h>)
+#error "coordination.hpp needs cpp-httplib (libcpp-httplib-dev), or COORDINATION_USE_HTTPLIB 0"
+#endif
+#include <httplib.h>
+#if defined(_WIN32)
+#include <winsock2.h>
+#else
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <csignal>
+#endif
+#endif
+
+namespace coordination {
+inline namespace v0 {
+
+// == 1. Errors ==================================================================================
+
+COORDINATION_API const char* to_string(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::Connection: return "CONNECTION_ERROR";
+    case ErrorCode::Timeout: return "TIMEOUT_ERROR";
+    case ErrorCode::NotFound: return "NOT_FOUND";
+    case ErrorCode::Conflict: return "CONFLICT";
+    case ErrorCode::Validation: return "VALIDATION_ERROR";
+    case ErrorCode::Unavailable: return "SERVICE_UNAVAILABLE";
+    case ErrorCode::Cancelled: return "CANCELLED";
+    case ErrorCode::PermissionDenied: return "PERMISSION_DENIED";
+    case ErrorCode::Lost: return "LOST";
+    case ErrorCode::Compacted: return "COMPACTED";
+    case ErrorCode::Internal: break;
+  }
+  return "INTERNAL_ERROR";
+}
+
+COORDINATION_API std::string to_string(const Error& error) {
+  std::string text = std::string("[") + to_string(error.code) + "] " + error.message;
+  if (!error.cause.empty()) text += ": " + error.cause;
+  return text;
+}
+
+COORDINATION_API bool is_coordination_error(const std::exception& e) {
+  return dynamic_cast<const CoordinationError*>(&e) != nullptr;
+}
+
+COORDINATION_API ErrorCode get_error_code(const std::exception& e) {
+  auto* error = dynamic_cast<const CoordinationError*>(&e);
+  return error ? error->code() : ErrorCode::Internal;
+}
+
+namespace detail {
+
+COORDINATION_API void raise(const Error& error) {
+#if COORDINATION_EXCEPTIONS
+  throw CoordinationError(error);
+#else
+  std::fprintf(stderr, "%s\n", to_string(error).c_str());
+  std::abort();
+#endif
+}
+
+COORDINATION_API Error make_error(ErrorCode code, std::string message, std::string cause = {},
+                                  Outcome outcome = Outcome::NotApplied) {
+  Error error;
+  error.code = code;
+  error.message = std::move(message);
+  error.cause = std::move(cause);
+  error.outcome = outcome;
+  return error;
+}
+
+COORDINATION_API Error invalid(std::string message) {
+  return make_error(ErrorCode::Validation, std::move(message));
+}
+
+COORDINATION_API Error closed_error() {
+  return make_error(ErrorCode::Cancelled, "the coordinator is closed");
+}
+
+/// Calls `fn`; what it throws ends here, as text.
+template <class Fn>
+std::optional<std::string> guarded(Fn&& fn) {
+#if COORDINATION_EXCEPTIONS
+  try {
+    fn();
+  } catch (const std::exception& e) {
+    return std::string(e.what());
+  } catch (...) {
+    return std::string("an exception that is no std::exception");
+  }
+#else
+  fn();
+#endif
+  return std::nullopt;
+}
+
+}  // namespace detail
+
+// == 2. Execution ===============================================================================
+
+namespace detail {
+
+using SteadyTime = std::chrono::steady_clock::time_point;
+using Task = std::function<void()>;
+using std::chrono::steady_clock;
+
+struct ContextState {
+  std::mutex mutex;
+  std::condition_variable returned;  // a handler has
+  std::atomic<bool> cancelled{false};
+  std::optional<SteadyTime> deadline;
+  std::map<std::uint64_t, Task> handlers;
+  std::uint64_t last_id{0};
+  std::uint64_t running{0};
+  std::thread::id runner;
+  std::vector<Context::Hook> links;  // to the parents
+
+  void cancel() {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (cancelled.exchange(true)) return;
+    runner = std::this_thread::get_id();
+    while (!handlers.empty()) {
+      auto first = handlers.extract(handlers.begin());
+      running = first.key();
+      lock.unlock();
+      first.mapped()();
+      first.mapped() = nullptr;
+      lock.lock();
+      running = 0;
+      returned.notify_all();
+    }
+  }
+
+  void remove(std::uint64_t id) {
+    Task dropped;  // destroyed outside the lock
+    std::unique_lock<std::mutex> lock(mutex);
+    auto it = handlers.find(id);
+    if (it != handlers.end()) {
+      dropped = std::move(it->second);
+      handlers.erase(it);
+    }
+    returned.wait(lock, [&] { return running != id || runner == std::this_thread::get_id(); });
+    lock.unlock();
+  }
+};
+
+struct CancelHook {
+  CancelHook(std::shared_ptr<ContextState> s, std::uint64_t i) : state(std::move(s)), id(i) {}
+  CancelHook(const CancelHook&) = delete;
+  CancelHook& operator=(const CancelHook&) = delete;
+  ~CancelHook() { state->remove(id); }
+  std::shared_ptr<ContextState> state;
+  std::uint64_t id;
+};
+
+/// A Context that ends with any of `parents` and at `deadline`.
+COORDINATION_API Context join_contexts(std::initializer_list<const Context*> parents,
+                                       std::optional<SteadyTime> deadline = std::nullopt) {
+  auto state = std::make_shared<ContextState>();
+  state->deadline = deadline;
+  for (const Context* parent : parents) {
+    auto theirs = parent->deadline();
+    if (theirs && (!state->deadline || *theirs < *state->deadline)) state->deadline = theirs;
+    std::weak_ptr<ContextState> weak = state;
+    auto hook = parent->on_cancel([weak] {
+      if (auto child = weak.lock()) child->cancel();
+    });
+    if (hook) state->links.push_back(std::move(hook));
+  }
+  return Context(std::move(state));
+}
+
+/// What a call that `ctx` has ended says.
+COORDINATION_API Error context_error(const Context& ctx, std::string what, std::string cause = {},
+                                     Outcome outcome = Outcome::NotApplied) {
+  auto code = ctx.cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
+  return make_error(code, std::move(what), std::move(cause), outcome);
+}
+
+/// A mutex and its condition, waited for under a Context.
+struct Gate {
+  std::mutex mutex;
+  std::condition_variable changed;
+
+  void notify() {
+    std::lock_guard<std::mutex> lock(mutex);
+    changed.notify_all();
+  }
+
+  /// Blocks until `ready()` (called with the mutex held): true; or until `ctx` is done or `limit`
+  /// is reached: false.
+  template <class Ready>
+  bool wait(const Context& ctx, Ready ready, std::optional<SteadyTime> limit = std::nullopt) {
+    auto hook = ctx.on_cancel([this] { notify(); });
+    auto end = ctx.deadline();
+    if (limit && (!end || *limit < *end)) end = limit;
+    std::unique_lock<std::mutex> lock(mutex);
+    while (!ready()) {
+      auto now = steady_clock::now();
+      if (ctx.cancelled() || (end && now >= *end)) return false;
+      auto longest = now + std::chrono::hours(1);
+      changed.wait_until(lock, end ? std::min(*end, longest) : longest);
+    }
+    return true;
+  }
+};
+
+/// Waits for `time`; false if `ctx` was done first.
+COORDINATION_API bool pause(const Context& ctx, milliseconds time) {
+  Gate gate;
+  gate.wait(ctx, [] { return false; }, steady_clock::now() + time);
+  return !ctx.done();
+}
+
+COORDINATION_API std::mt19937_64& random_engine() {
+  struct Seeded {
+    std::mt19937_64 engine;
+    Seeded() {
+      std::random_device device;
+      std::seed_seq seed{device(), device(), device(), device()};
+      engine.seed(seed);
+    }
+  };
+  static Seeded seeded;
+  return seeded.engine;
+}
+
+COORDINATION_API std::uint64_t random_number() {
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  return random_engine()();
+}
+
+/// `time`, up to a quarter less.
+COORDINATION_API milliseconds jittered(milliseconds time) {
+  auto quarter = static_cast<std::uint64_t>(time.count() / 4 + 1);
+  return time - milliseconds(static_cast<std::int64_t>(random_number() % quarter));
+}
+
+/// first, first * multiplier, ... up to last; with jitter.
+class Backoff {
+ public:
+  Backoff(milliseconds first, milliseconds last, double multiplier = 2.0)
+      : first_(first), next_(first), last_(last), multiplier_(multiplier) {}
+  milliseconds next() {
+    auto now = std::min(next_, last_);
+    auto grown = std::min(static_cast<double>(now.count()) * multiplier_,
+                          static_cast<double>(last_.count()));
+    next_ = std::max(milliseconds(1), milliseconds(static_cast<std::int64_t>(grown)));
+    return jittered(now);
+  }
+  void reset() { next_ = first_; }
+
+ private:
+  milliseconds first_, next_, last_;
+  double multiplier_;
+};
+
+class SteadyClock : public Clock {
+ public:
+  time_point now() const override { return steady_clock::now(); }
+};
+
+/// A queue of tasks and at most so many threads for them, which come when they are needed and
+/// leave when they have been idle for a while.
+class Lane : public std::enable_shared_from_this<Lane> {
+ public:
+  explicit Lane(std::size_t most) : most_(most) {}
+  ~Lane() { reap(std::move(finished_)); }
+
+  void post(Task task) {
+    std::vector<std::thread> finished;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (stopped_) return;
+      tasks_.push_back(std::move(task));
+      if (idle_ >= tasks_.size() || threads_.size() >= most_) {
+        wake_.notify_one();
+      } else {
+        std::thread thread([self = shared_from_this()] { self->run(); });
+        auto id = thread.get_id();
+        threads_.emplace(id, std::move(thread));
+      }
+      finished.swap(finished_);
+    }
+    reap(std::move(finished));
+  }
+
+  /// Drops what has not begun; what is posted later is dropped, too.
+  void stop() {
+    std::deque<Task> dropped;
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+    dropped.swap(tasks_);
+    wake_.notify_all();
+  }
+
+  /// Waits until no other thread of this lane runs, but not past `limit`; what runs on is left to
+  /// itself.
+  void join(std::optional<SteadyTime> limit) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    auto self = std::this_thread::get_id();
+    auto alone = [&] { return threads_.size() == threads_.count(self); };
+    if (limit) {
+      gone_.wait_until(lock, *limit, alone);
+    } else {
+      gone_.wait(lock, alone);
+    }
+    for (auto& thread : threads_) thread.second.detach();
+    threads_.clear();
+    auto finished = std::move(finished_);
+    finished_.clear();
+    lock.unlock();
+    reap(std::move(finished));
+  }
+
+ private:
+  void run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (next(lock)) {
+      Task task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+      task = nullptr;
+      lock.lock();
+    }
+    auto self = threads_.find(std::this_thread::get_id());
+    if (self != threads_.end()) {
+      finished_.push_back(std::move(self->second));
+      threads_.erase(self);
+    }
+    gone_.notify_all();
+  }
+
+  bool next(std::unique_lock<std::mutex>& lock) {
+    ++idle_;
+    wake_.wait_for(lock, std::chrono::seconds(5), [&] { return stopped_ || !tasks_.empty(); });
+    --idle_;
+    return !stopped_ && !tasks_.empty();
+  }
+
+  static void reap(std::vector<std::thread> finished) {
+    for (auto& thread : finished) {
+      if (thread.get_id() == std::this_thread::get_id()) {
+        thread.detach();
+      } else {
+        thread.join();
+      }
+    }
+  }
+
+  const std::size_t most_;
+  std::mutex mutex_;
+  std::condition_variable wake_, gone_;
+  std::deque<Task> tasks_;
+  std::map<std::thread::id, std::thread> threads_;
+  std::vector<std::thread> finished_;
+  std::size_t idle_{0};
+  bool stopped_{false};
+};
+
+/// Tasks at points in time, on one thread: they must be short.
+class Timer {
+ public:
+  using Id = std::pair<SteadyTime, std::uint64_t>;
+
+  Timer() : lane_(std::make_shared<Lane>(1)), shared_(std::make_shared<Shared>()) {}
+
+  Id at(SteadyTime time, Task task) {
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    if (shared_->stopped) return {};
+    Id id{time, ++shared_->last_id};
+    bool first = shared_->tasks.empty() || id < shared_->tasks.begin()->first;
+    shared_->tasks.emplace(id, std::move(task));
+    if (!shared_->running) {
+      shared_->running = true;
+      lane_->post([shared = shared_] { run(*shared); });
+    } else if (first) {
+      shared_->changed.notify_one();
+    }
+    return id;
+  }
+
+  Id after(milliseconds time, Task task) { return at(steady_clock::now() + time, std::move(task)); }
+
+  void cancel(const Id& id) {
+    std::map<Id, Task>::node_type dropped;  // destroyed outside the lock
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    dropped = shared_->tasks.extract(id);
+  }
+
+  void stop() {
+    std::map<Id, Task> dropped;
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    shared_->stopped = true;
+    dropped.swap(shared_->tasks);
+    shared_->changed.notify_all();
+    lane_->stop();
+  }
+
+  void join(SteadyTime limit) { lane_->join(limit); }
+
+ private:
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::map<Id, Task> tasks;
+    std::uint64_t last_id{0};
+    bool running{false}, stopped{false};
+  };
+
+  static void run(Shared& shared) {
+    std::unique_lock<std::mutex> lock(shared.mutex);
+    while (!shared.stopped) {
+      if (shared.tasks.empty()) {
+        shared.changed.wait(lock);
+      } else if (shared.tasks.begin()->first.first > steady_clock::now()) {
+        auto next = shared.tasks.begin()->first.first;
+        shared.changed.wait_until(lock, next);
+      } else {
+        auto node = shared.tasks.extract(shared.tasks.begin());
+        lock.unlock();
+        node.mapped()();
+        node.mapped() = nullptr;
+        lock.lock();
+      }
+    }
+  }
+
+  std::shared_ptr<Lane> lane_;
+  std::shared_ptr<Shared> shared_;
+};
+
+/// The threads of one Coordinator.
+inline constexpr std::size_t kCallbackThreads = 2;
+inline constexpr std::size_t kMaxStreams = 5;  // one of them only while others are merged into it
+
+struct Executor {
+  Timer timer;
+  std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
+  std::shared_ptr<Lane> renewals{std::make_shared<Lane>(1)};    // nothing but lease renewals
+  std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // each task bounded to a second
+  std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams)};
+
+  void stop(SteadyTime limit) {
+    timer.stop();
+    for (Lane* lane : {renewals.get(), background.get(), streams.get(), callbacks.get()}) {
+      lane->stop();
+    }
+    timer.join(limit);
+    for (Lane* lane : {renewals.get(), background.get(), streams.get()}) lane->join(limit);
+    callbacks->join(std::nullopt);
+  }
+};
+
+/// The log, with what every section needs to say there.
+class Log {
+ public:
+  explicit Log(Logger logger) : logger_(std::move(logger)) {}
+  void operator()(LogLevel level, std::string_view message, LogFields fields = {}) const {
+    if (!logger_) return;
+    guarded([&] { logger_(level, message, fields); });
+  }
+
+ private:
+  Logger logger_;
+};
+
+/// Runs the handlers of one handle on the callback threads, one at a time and in order.
+class Strand : public std::enable_shared_from_this<Strand> {
+ public:
+  Strand(std::shared_ptr<Lane> lane, std::shared_ptr<const Log> log)
+      : lane_(std::move(lane)), log_(std::move(log)) {}
+
+  void post(Task task) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    tasks_.push_back(std::move(task));
+    if (scheduled_) return;
+    scheduled_ = true;
+    lane_->post([self = shared_from_this()] { self->run_one(); });
+  }
+
+  /// No handler runs after this has returned, unless it is called from inside one.
+  void close() {
+    std::list<Task> dropped;
+    std::unique_lock<std::mutex> lock(mutex_);
+    closed_ = true;
+    dropped.swap(tasks_);
+    idle_.wait(lock, [&] { return !running_ || runner_ == std::this_thread::get_id(); });
+    lock.unlock();
+  }
+
+ private:
+  void run_one() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (tasks_.empty()) {
+      scheduled_ = false;
+      return;
+    }
+    Task task = std::move(tasks_.front());
+    tasks_.pop_front();
+    running_ = true;
+    runner_ = std::this_thread::get_id();
+    lock.unlock();
+    auto thrown = guarded(task);
+    if (thrown) (*log_)(LogLevel::Error, "a handler has thrown", {{"what", *thrown}});
+    task = nullptr;
+    lock.lock();
+    running_ = false;
+    idle_.notify_all();
+    scheduled_ = !tasks_.empty();
+    if (scheduled_) lane_->post([self = shared_from_this()] { self->run_one(); });
+  }
+
+  std::shared_ptr<Lane> lane_;
+  std::shared_ptr<const Log> log_;
+  std::mutex mutex_;
+  std::condition_variable idle_;
+  std::list<Task> tasks_;
+  std::thread::id runner_;
+  bool scheduled_{false}, running_{false}, closed_{false};
+};
+
+/// Something that is lost at most once, and a handler that hears of it even if it came late.
+class LossSignal {
+ public:
+  explicit LossSignal(std::shared_ptr<Strand> strand) : strand_(std::move(strand)) {}
+
+  void set_handler(std::function<void(const Error&)> handler) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    handler_ = std::move(handler);
+    tell();
+  }
+
+  void fire(Error error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (error_) return;
+    error_ = std::move(error);
+    tell();
+  }
+
+  void close() {
+    strand_->close();
+    std::function<void(const Error&)> dropped;
+    std::lock_guard<std::mutex> lock(mutex_);
+    dropped.swap(handler_);
+  }
+
+ private:
+  void tell() {
+    if (!error_ || !handler_ || told_) return;
+    told_ = true;
+    strand_->post([handler = std::move(handler_), error = *error_] { handler(error); });
+    handler_ = nullptr;
+  }
+
+  std::shared_ptr<Strand> strand_;
+  std::mutex mutex_;
+  std::function<void(const Error&)> handler_;
+  std::optional<Error> error_;
+  bool told_{false};
+};
+
+}  // namespace detail
+
+COORDINATION_API Context::Context() : state_(std::make_shared<detail::ContextState>()) {}
+
+COORDINATION_API Context Context::with_timeout(milliseconds timeout) {
+  auto now = std::chrono::steady_clock::now();
+  auto most = std::chrono::hours(24 * 365);  // so that `now + timeout` cannot overflow
+  return with_deadline(now + std::min<std::chrono::nanoseconds>(timeout, most));
+}
+
+COORDINATION_API Context Context::with_deadline(std::chrono::steady_clock::time_point deadline) {
+  return detail::join_contexts({}, deadline);
+}
+
+COORDINATION_API Context Context::child_of(const Context& parent) {
+  return detail::join_contexts({&parent});
+}
+
+COORDINATION_API void Context::cancel() const {
+  auto keep = state_;
+  keep->cancel();
+}
+
+COORDINATION_API bool Context::cancelled() const { return state_->cancelled; }
+
+COORDINATION_API bool Context::done() const {
+  return cancelled() || (state_->deadline && std::chrono::steady_clock::now() >= *state_->deadline);
+}
+
+COORDINATION_API std::optional<std::chrono::steady_clock::time_point> Context::deadline() const {
+  return state_->deadline;
+}
+
+COORDINATION_API Context::Hook Context::on_cancel(std::function<void()> handler) const {
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    if (!state_->cancelled) {
+      auto id = ++state_->last_id;
+      state_->handlers.emplace(id, std::move(handler));
+      return std::make_shared<detail::CancelHook>(state_, id);
+    }
+  }
+  handler();
+  return nullptr;
+}
+
+COORDINATION_API const char* to_string(LogLevel level) {
+  switch (level) {
+    case LogLevel::Debug: return "DEBUG";
+    case LogLevel::Info: return "INFO";
+    case LogLevel::Warn: return "WARN";
+    case LogLevel::Error: break;
+  }
+  return "ERROR";
+}
+
+COORDINATION_API Logger stderr_logger(LogLevel minimum) {
+  return [minimum](LogLevel level, std::string_view message, const LogFields& fields) {
+    if (level < minimum) return;
+    std::string line = to_string(level);
+    line.append(" ").append(message);
+    for (const auto& field : fields) line += " " + field.first + "=" + field.second;
+    std::fprintf(stderr, "%s\n", line.c_str());
+  };
+}
+
+struct ManualClock::State {
+  std::mutex mutex;
+  time_point now{std::chrono::steady_clock::now()};
+  std::vector<std::function<bool()>> listeners;
+};
+
+COORDINATION_API ManualClock::ManualClock() : state_(std::make_shared<State>()) {}
+
+COORDINATION_API Clock::time_point ManualClock::read() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->now;
+}
+
+COORDINATION_API void ManualClock::listen(std::function<bool()> wake) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->listeners.push_back(std::move(wake));
+}
+
+COORDINATION_API void ManualClock::advance(milliseconds by) {
+  std::vector<std::function<bool()>> listeners;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->now += by;
+    listeners.swap(state_->listeners);
+  }
+  auto dead = [](auto& wake) { return !wake(); };
+  listeners.erase(std::remove_if(listeners.begin(), listeners.end(), dead), listeners.end());
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  for (auto& wake : listeners) state_->listeners.push_back(std::move(wake));
+}
+
+// == 3. Wire ====================================================================================
+//
+// JSON is known here and nowhere else. What etcd says is taken as it comes: zeros are left out,
+// 64-bit numbers are strings, bytes are base64, and nothing may be trusted to be there.
+
+namespace detail::wire {
+
+using Json = nlohmann::json;
+
+inline constexpr int kMaxDepth = 128;  // nlohmann copies and prints by recursion
+
+COORDINATION_API std::string base64_encode(std::string_view bytes) {
+  static constexpr char kDigits[] =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string text;
+  text.reserve((bytes.size() + 2) / 3 * 4);
+  for (std::size_t i = 0; i < bytes.size(); i += 3) {
+    std::uint32_t group = 0;
+    for (std::size_t k = 0; k < 3; ++k) {
+      group = group << 8 | (i + k < bytes.size() ? static_cast<unsigned char>(bytes[i + k]) : 0u);
+    }
+    for (std::size_t k = 0; k < 4; ++k) {
+      text += i + k <= bytes.size() ? kDigits[group >> (18 - 6 * k) & 63] : '=';
+    }
+  }
+  return text;
+}
+
+COORDINATION_API int base64_digit(char c) {
+  if (c >= 'A' && c <= 'Z') return c - 'A';
+  if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+  if (c >= '0' && c <= '9') return c - '0' + 52;
+  return c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
+/// Standard alphabet, padded.
+COORDINATION_API std::optional<std::string> base64_decode(std::string_view text) {
+  if (text.size() % 4 != 0) return std::nullopt;
+  std::size_t padding = 0;
+  while (padding < 2 && padding < text.size() && text[text.size() - 1 - padding] == '=') ++padding;
+  std::string bytes;
+  bytes.reserve(text.size() / 4 * 3);
+  for (std::size_t i = 0; i < text.size(); i += 4) {
+    std::uint32_t group = 0;
+    for (std::size_t k = 0; k < 4; ++k) {
+      bool pad = i + k >= text.size() - padding;
+      int digit = pad ? 0 : base64_digit(text[i + k]);
+      if (digit < 0) return std::nullopt;
+      group = group << 6 | static_cast<std::uint32_t>(digit);
+    }
+    for (int shift = 16; shift >= 0; shift -= 8) bytes += static_cast<char>(group >> shift & 0xff);
+  }
+  bytes.resize(bytes.size() - padding);
+  return bytes;
+}
+
+/// Empty if it is no JSON, or nested too deeply.
+COORDINATION_API std::optional<Json> parse(std::string_view text) {
+  bool deep = false;
+  auto shallow = [&](int depth, Json::parse_event_t, Json&) {
+    deep = deep || depth > kMaxDepth;
+    return !deep;
+  };
+  Json json = Json::parse(text.begin(), text.end(), shallow, false);
+  if (deep || json.is_discarded()) return std::nullopt;
+  return json;
+}
+
+COORDINATION_API std::string dump(const Json& json) {
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+// Members of an object, by name; a missing or odd one is zero.
+
+COORDINATION_API const Json& member(const Json& object, const char* name) {
+  static const Json kNull;
+  if (!object.is_object()) return kNull;
+  auto it = object.find(name);
+  return it == object.end() ? kNull : *it;
+}
+
+COORDINATION_API std::int64_t number(const Json& object, const char* name) {
+  const Json& value = member(object, name);
+  if (value.is_number_integer()) return value.get<std::int64_t>();
+  if (value.is_number_float()) return static_cast<std::int64_t>(value.get<double>());
+  if (!value.is_string()) return 0;
+  const auto& text = value.get_ref<const std::string&>();
+  if (!text.empty() && text[0] == '-') return std::strtoll(text.c_str(), nullptr, 10);
+  return static_cast<std::int64_t>(std::strtoull(text.c_str(), nullptr, 10));
+}
+
+COORDINATION_API std::string text(const Json& object, const char* name) {
+  const Json& value = member(object, name);
+  return value.is_string() ? value.get<std::string>() : std::string();
+}
+
+COORDINATION_API std::string bytes(const Json& object, const char* name) {
+  const Json& value = member(object, name);
+  if (!value.is_string()) return {};
+  return base64_decode(value.get_ref<const std::string&>()).value_or(std::string());
+}
+
+COORDINATION_API bool flag(const Json& object, const char* name) {
+  const Json& value = member(object, name);
+  return value.is_boolean() && value.get<bool>();
+}
+
+COORDINATION_API std::int64_t header_revision(const Json& reply) {
+  return number(member(reply, "header"), "revision");
+}
+
+// Requests.
+
+COORDINATION_API void set(Json& object, const char* name, std::int64_t value) {
+  if (value != 0) object[name] = std::to_string(value);
+}
+
+COORDINATION_API void set(Json& object, const char* name, bool value) {
+  if (value) object[name] = true;
+}
+
+COORDINATION_API void set_bytes(Json& object, const char* name, std::string_view value) {
+  if (!value.empty()) object[name] = base64_encode(value);
+}
+
+/// etcd cannot take an empty key where it begins a range of all keys: "\0" stands for it.
+COORDINATION_API void set_range(Json& object, const std::string& key, const std::string& end) {
+  set_bytes(object, "key", key.empty() && !end.empty() ? std::string_view("\0", 1) : key);
+  set_bytes(object, "range_end", end);
+}
+
+COORDINATION_API Json encode(const RangeRequest& request) {
+  static constexpr const char* kOrders[] = {"NONE", "ASCEND", "DESCEND"};
+  static constexpr const char* kTargets[] = {"KEY", "VERSION", "CREATE", "MOD", "VALUE"};
+  Json json = Json::object();
+  set_range(json, request.key, request.range_end);
+  set(json, "limit", request.limit);
+  set(json, "revision", request.revision);
+  if (request.sort_order != SortOrder::None) {
+    json["sort_order"] = kOrders[static_cast<int>(request.sort_order)];
+    json["sort_target"] = kTargets[static_cast<int>(request.sort_target)];
+  }
+  set(json, "serializable", request.serializable);
+  set(json, "keys_only", request.keys_only);
+  set(json, "count_only", request.count_only);
+  set(json, "min_mod_revision", request.min_mod_revision);
+  set(json, "max_mod_revision", request.max_mod_revision);
+  set(json, "min_create_revision", request.min_create_revision);
+  set(json, "max_create_revision", request.max_create_revision);
+  return json;
+}
+
+COORDINATION_API Json encode(const PutRequest& request) {
+  Json json = Json::object();
+  set_bytes(json, "key", request.key);
+  if (!request.ignore_value) set_bytes(json, "value", request.value);
+  if (!request.ignore_lease) set(json, "lease", request.lease);
+  set(json, "prev_kv", request.prev_kv);
+  set(json, "ignore_value", request.ignore_value);
+  set(json, "ignore_lease", request.ignore_lease);
+  return json;
+}
+
+COORDINATION_API Json encode(const RemoveRequest& request) {
+  Json json = Json::object();
+  set_range(json, request.key, request.range_end);
+  set(json, "prev_kv", request.prev_kv);
+  return json;
+}
+
+COORDINATION_API Json encode(const Compare& compare) {
+  // etcd 3.5 takes a name that it does not know for the first one, without a word.
+  static constexpr const char* kResults[] = {"EQUAL", "GREATER", "LESS", "NOT_EQUAL"};
+  static constexpr const char* kTargets[] = {"VERSION", "CREATE", "MOD", "VALUE", "LEASE"};
+  static constexpr const char* kFields[] = {"version", "create_revision", "mod_revision", "value",
+                                            "lease"};
+  auto target = static_cast<int>(compare.target);
+  Json json = Json::object();
+  set_range(json, compare.key, compare.range_end);
+  json["result"] = kResults[static_cast<int>(compare.is)];
+  json["target"] = kTargets[target];
+  json[kFields[target]] = compare.target == Compare::Target::Value ? base64_encode(compare.bytes)
+                                                                   : std::to_string(compare.number);
+  return json;
+}
+
+COORDINATION_API Json encode(const Txn& txn);
+
+struct EncodeOp {
+  Json operator()(const RangeRequest& r) const { return {{"request_range", encode(r)}}; }
+  Json operator()(const PutRequest& r) const { return {{"request_put", encode(r)}}; }
+  Json operator()(const RemoveRequest& r) const { return {{"request_delete_range", encode(r)}}; }
+  Json operator()(const std::shared_ptr<const Txn>& t) const {
+    return {{"request_txn", encode(*t)}};
+  }
+};
+
+COORDINATION_API Json encode(const std::vector<Op>& ops) {
+  Json json = Json::array();
+  for (const Op& op : ops) json.push_back(std::visit(EncodeOp{}, op.request));
+  return json;
+}
+
+COORDINATION_API Json encode(const Txn& txn) {
+  Json json = {{"success", encode(txn.success)}, {"failure", encode(txn.failure)}};
+  Json compares = Json::array();
+  for (const Compare& compare : txn.compare) compares.push_back(encode(compare));
+  json["compare"] = std::move(compares);
+  return json;
+}
+
+template <class Request>
+std::string body(const Request& request) {
+  return dump(encode(request));
+}
+
+COORDINATION_API std::string compaction_body(std::int64_t revision) {
+  return dump({{"revision", std::to_string(revision)}});
+}
+
+COORDINATION_API std::string grant_body(std::int64_t id, std::int64_t ttl_seconds) {
+  return dump({{"ID", std::to_string(id)}, {"TTL", std::to_string(ttl_seconds)}});
+}
+
+COORDINATION_API std::string lease_body(std::int64_t id) {
+  return dump({{"ID", std::to_string(id)}});
+}
+
+COORDINATION_API std::string login_body(const std::string& name, const std::string& password) {
+  return dump({{"name", name}, {"password", password}});
+}
+
+COORDINATION_API std::string watch_body(const WatchRequest& request, std::int64_t id,
+                                        std::int64_t start_revision) {
+  Json json = Json::object();
+  set_range(json, request.key, request.range_end);
+  set(json, "start_revision", start_revision);
+  set(json, "prev_kv", request.prev_kv);
+  json["watch_id"] = std::to_string(id);
+  json["progress_notify"] = true;
+  Json filters = Json::array();
+  if (request.no_put) filters.push_back("NOPUT");
+  if (request.no_delete) filters.push_back("NODELETE");
+  if (!filters.empty()) json["filters"] = std::move(filters);
+  return dump({{"create_request", std::move(json)}});
+}
+
+// Replies.
+
+COORDINATION_API KeyValue decode_kv(const Json& json) {
+  KeyValue kv;
+  kv.key = bytes(json, "key");
+  kv.value = bytes(json, "value");
+  kv.create_revision = number(json, "create_revision");
+  kv.mod_revision = number(json, "mod_revision");
+  kv.version = number(json, "version");
+  kv.lease = number(json, "lease");
+  return kv;
+}
+
+COORDINATION_API std::vector<KeyValue> decode_kvs(const Json& list) {
+  std::vector<KeyValue> kvs;
+  if (!list.is_array()) return kvs;
+  kvs.reserve(list.size());
+  for (const Json& kv : list) kvs.push_back(decode_kv(kv));
+  return kvs;
+}
+
+COORDINATION_API void decode(const Json& json, RangeResponse& to) {
+  to.kvs = decode_kvs(member(json, "kvs"));
+  to.count = number(json, "count");
+  to.more = flag(json, "more");
+  to.revision = header_revision(json);
+}
+
+COORDINATION_API void decode(const Json& json, PutResponse& to) {
+  to.revision = header_revision(json);
+  const Json& prev = member(json, "prev_kv");
+  if (prev.is_object()) to.prev_kv = decode_kv(prev);
+}
+
+COORDINATION_API void decode(const Json& json, RemoveResponse& to) {
+  to.deleted = number(json, "deleted");
+  to.prev_kvs = decode_kvs(member(json, "prev_kvs"));
+  to.revision = header_revision(json);
+}
+
+COORDINATION_API void decode(const Json& json, TxnResponse& to);
+
+COORDINATION_API OpResponse decode_op(const Json& json) {
+  if (json.contains("response_put")) {
+    PutResponse put;
+    return decode(json["response_put"], put), OpResponse(std::move(put));
+  }
+  if (json.contains("response_delete_range")) {
+    RemoveResponse remove;
+    return decode(json["response_delete_range"], remove), OpResponse(std::move(remove));
+  }
+  if (json.contains("response_txn")) {
+    TxnResponse txn;
+    decode(json["response_txn"], txn);
+    return std::make_shared<const TxnResponse>(std::move(txn));
+  }
+  RangeResponse range;
+  return decode(member(json, "response_range"), range), OpResponse(std::move(range));
+}
+
+COORDINATION_API void decode(const Json& json, TxnResponse& to) {
+  to.succeeded = flag(json, "succeeded");
+  to.revision = header_revision(json);
+  const Json& responses = member(json, "responses");
+  if (!responses.is_array()) return;
+  for (const Json& response : responses) to.responses.push_back(decode_op(response));
+}
+
+/// Of grant, timetolive and keepalive: seconds; 0 or -1 = no such lease.
+struct LeaseReply {
+  std::int64_t id{0};
+  std::int64_t ttl{0};
+};
+
+COORDINATION_API void decode(const Json& json, LeaseReply& to) {
+  to.id = number(json, "ID");
+  to.ttl = number(json, "TTL");
+}
+
+COORDINATION_API void decode(const Json& json, Status& to) {
+  to.version = text(json, "version");
+  to.db_size = number(json, "dbSize");
+  to.leader = static_cast<std::uint64_t>(number(json, "leader"));
+  to.raft_term = static_cast<std::uint64_t>(number(json, "raftTerm"));
+  to.revision = header_revision(json);
+  to.member_id = static_cast<std::uint64_t>(number(member(json, "header"), "member_id"));
+  const Json& errors = member(json, "errors");
+  if (!errors.is_array()) return;
+  for (const Json& error : errors) {
+    if (error.is_string()) to.errors.push_back(error.get<std::string>());
+  }
+}
+
+struct Token {
+  std::string text;
+};
+COORDINATION_API void decode(const Json& json, Token& to) { to.text = text(json, "token"); }
+
+struct Nothing {};
+COORDINATION_API void decode(const Json&, Nothing&) {}
+
+/// A unary reply of etcd; false if it is something else.
+template <class Reply>
+bool decode_reply(std::string_view body, Reply& to) {
+  auto json = parse(body);
+  if (!json || !member(*json, "header").is_object()) return false;
+  decode(*json, to);
+  return true;
+}
+
+struct EtcdError {
+  int code{0};  // of gRPC
+  std::string message;
+};
+
+/// Of a unary reply or of the line of a stream, in the shapes of 3.4 and 3.5; empty if it is none.
+COORDINATION_API std::optional<EtcdError> decode_error(const Json& json) {
+  const Json& error = member(json, "error");
+  const Json& from = error.is_object() ? error : json;
+  EtcdError result;
+  result.message = text(from, "message");
+  if (result.message.empty() && error.is_string()) result.message = error.get<std::string>();
+  result.code = static_cast<int>(number(from, "code"));
+  if (result.code == 0) result.code = static_cast<int>(number(from, "grpc_code"));
+  if (result.message.empty() && result.code == 0) return std::nullopt;
+  return result;
+}
+
+COORDINATION_API std::optional<EtcdError> decode_error_body(std::string_view body) {
+  auto json = parse(body);
+  return json ? decode_error(*json) : std::nullopt;
+}
+
+// Streams.
+
+/// Cuts a stream into its lines; a line may come in any number of pieces.
+class Lines {
+ public:
+  /// Calls `line(text)` for each complete line, until it returns false.
+  template <class Fn>
+  bool feed(std::string_view piece, Fn&& line) {
+    while (true) {
+      auto end = piece.find('\n');
+      if (end == std::string_view::npos) break;
+      rest_.append(piece.substr(0, end));
+      piece.remove_prefix(end + 1);
+      std::string whole;
+      whole.swap(rest_);
+      if (!whole.empty() && !line(std::string_view(whole))) return false;
+    }
+    rest_.append(piece);
+    return true;
+  }
+
+  /// etcd 3.4 ends a failed stream with a line that has no end.
+  template <class Fn>
+  void finish(Fn&& line) {
+    std::string whole;
+    whole.swap(rest_);
+    if (!whole.empty()) line(std::string_view(whole));
+  }
+
+ private:
+  std::string rest_;
+};
+
+struct WatchLine {
+  std::int64_t id{0};
+  std::int64_t revision{0};
+  std::int64_t compact_revision{0};
+  bool created{false}, canceled{false};
+  std::string cancel_reason;
+  std::vector<WatchEvent> events;
+};
+
+COORDINATION_API WatchEvent decode_event(const Json& json) {
+  WatchEvent event;
+  event.type = text(json, "type") == "DELETE" ? EventType::Delete : EventType::Put;
+  event.kv = decode_kv(member(json, "kv"));
+  event.revision = event.kv.mod_revision;
+  const Json& prev = member(json, "prev_kv");
+  if (prev.is_object()) event.prev_kv = decode_kv(prev);
+  return event;
+}
+
+COORDINATION_API void decode(const Json& json, WatchLine& to) {
+  to.id = number(json, "watch_id");
+  to.revision = header_revision(json);
+  to.compact_revision = number(json, "compact_revision");
+  to.created = flag(json, "created");
+  to.canceled = flag(json, "canceled");
+  to.cancel_reason = text(json, "cancel_reason");
+  const Json& events = member(json, "events");
+  if (!events.is_array()) return;
+  to.events.reserve(events.size());
+  for (const Json& event : events) to.events.push_back(decode_event(event));
+}
+
+/// One line of a stream: a result, an error of etcd's, or neither: then it is no line of etcd's.
+template <class Line>
+std::variant<std::monostate, Line, EtcdError> decode_line(std::string_view line) {
+  auto json = parse(line);
+  if (!json) return {};
+  const Json& result = member(*json, "result");
+  if (result.is_object()) {
+    Line decoded;
+    return decode(result, decoded), decoded;
+  }
+  auto error = decode_error(*json);
+  if (error) return *error;
+  return {};
+}
+
+// Records.
+
+/// As the Go module writes it: ttl in nanoseconds.
+COORDINATION_API std::string encode_service(const ServiceInfo& service) {
+  auto ttl = std::chrono::duration_cast<std::chrono::nanoseconds>(service.ttl).count();
+  return dump({{"id", service.id},
+               {"name", service.name},
+               {"address", service.address},
+               {"port", service.port},
+               {"metadata", service.metadata},
+               {"ttl", ttl}});
+}
+
+COORDINATION_API std::optional<ServiceInfo> decode_service(std::string_view record) {
+  auto json = parse(record);
+  if (!json || !json->is_object()) return std::nullopt;
+  ServiceInfo service;
+  service.id = text(*json, "id");
+  service.name = text(*json, "name");
+  service.address = text(*json, "address");
+  auto port = number(*json, "port");
+  if (service.id.empty() || service.name.empty() || port < 0 || port > 65535) return std::nullopt;
+  service.port = static_cast<int>(port);
+  service.ttl = std::chrono::duration_cast<milliseconds>(
+      std::chrono::nanoseconds(number(*json, "ttl")));
+  const Json& metadata = member(*json, "metadata");
+  for (auto it = metadata.begin(); metadata.is_object() && it != metadata.end(); ++it) {
+    service.metadata[it.key()] = it->is_string() ? it->get<std::string>() : dump(*it);
+  }
+  return service;
+}
+
+/// Empty if it is no JSON value, or one that cannot be read back.
+COORDINATION_API std::optional<std::string> encode_config(const Json& value) {
+  if (value.is_string()) {
+    const auto& raw = value.get_ref<const std::string&>();
+    if (!parse(raw)) return raw;
+  }
+  if (value.is_binary() || value.is_discarded()) return std::nullopt;
+  std::string text;
+  auto thrown = guarded([&] { text = value.dump(); });  // of a string that is not UTF-8
+  if (thrown || !parse(text)) return std::nullopt;
+  return text;
+}
+
+COORDINATION_API Json decode_config(const std::string& bytes) {
+  auto json = parse(bytes);
+  return json ? std::move(*json) : Json(bytes);
+}
+
+}  // namespace detail::wire
+
+// == 4. Transport ===============================================================================
+
+namespace detail {
+
+#if COORDINATION_USE_HTTPLIB
+
+/// cpp-httplib and OpenSSL write to sockets that another thread may have shut down: that raises
+/// SIGPIPE, which kills a process by default. While this lives, the calling thread gets none.
+class NoSigpipe {
+ public:
+#if defined(_WIN32)
+  NoSigpipe() {}
+#else
+  NoSigpipe() {
+    sigset_t pending;
+    sigemptyset(&pipe_);
+    sigaddset(&pipe_, SIGPIPE);
+    sigpending(&pending);
+    was_pending_ = sigismember(&pending, SIGPIPE) == 1;
+    pthread_sigmask(SIG_BLOCK, &pipe_, &before_);
+  }
+  NoSigpipe(const NoSigpipe&) = delete;
+  NoSigpipe& operator=(const NoSigpipe&) = delete;
+  ~NoSigpipe() {
+    sigset_t pending;
+    sigpending(&pending);
+    int signal = 0;
+    if (!was_pending_ && sigismember(&pending, SIGPIPE) == 1) sigwait(&pipe_, &signal);
+    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+  }
+
+ private:
+  sigset_t pipe_, before_;
+  bool was_pending_;
+#endif
+};
+
+/// The socket of a connection, to be shut down from another thread.
+///
+/// httplib's own stop() is lost before the request is in flight, blocks while it connects, and
+/// raises SIGPIPE. So the socket is duplicated when it is made: shutting down the duplicate ends
+/// whatever httplib does with the original, and its number cannot come to mean another socket.
+class SocketTap {
+ public:
+  SocketTap() = default;
+  SocketTap(const SocketTap&) = delete;
+  SocketTap& operator=(const SocketTap&) = delete;
+  ~SocketTap() { release(); }
+
+  /// A new socket; httplib makes one for each address that it tries.
+  void attach(socket_t socket) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    release();
+#if defined(_WIN32)
+    socket_ = socket;
+#else
+    socket_ = ::dup(socket);
+#endif
+    if (cut_) shut();
+  }
+
+  void cut() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    cut_ = true;
+    shut();
+  }
+
+ private:
+  static constexpr socket_t kNone = static_cast<socket_t>(-1);
+
+  void shut() {
+    if (socket_ == kNone) return;
+#if defined(_WIN32)
+    ::shutdown(socket_, SD_BOTH);
+#else
+    ::shutdown(socket_, SHUT_RDWR);
+#endif
+  }
+  void release() {
+#if !defined(_WIN32)
+    if (socket_ != kNone) ::close(socket_);
+#endif
+    socket_ = kNone;
+  }
+
+  std::mutex mutex_;
+  socket_t socket_{kNone};
+  bool cut_{false};
+};
+
+COORDINATION_API void tune_socket(socket_t socket) {
+  int on = 1;
+  auto* yes = reinterpret_cast<const char*>(&on);
+  ::setsockopt(socket, SOL_SOCKET, SO_KEEPALIVE, yes, sizeof(on));
+#if defined(TCP_KEEPIDLE) && defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
+  // A member whose host is gone is noticed within 10 + 3 * 5 seconds, also by an idle stream.
+  int idle = 10, interval = 5, count = 3;
+  ::setsockopt(socket, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+  ::setsockopt(socket, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
+  ::setsockopt(socket, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
+#endif
+}
+
+/// One httplib client: one connection, one request at a time.
+struct HttpConnection {
+  SocketTap tap;  // outlives the client, whose socket options refer to it
+  std::unique_ptr<httplib::ClientImpl> client;
+};
+
+struct HostPort {
+  bool tls{false};
+  std::string host;
+  int port{0};
+};
+
+/// Of "http[s]://host:port" with [] around IPv6.
+COORDINATION_API HostPort split_endpoint(const std::string& endpoint) {
+  HostPort result;
+  result.tls = endpoint.compare(0, 8, "https://") == 0;
+  auto rest = endpoint.substr(result.tls ? 8 : 7);
+  auto colon = rest.rfind(':');
+  result.port = std::atoi(rest.c_str() + colon + 1);
+  bool bracketed = rest.front() == '[';
+  result.host = bracketed ? rest.substr(1, colon - 2) : rest.substr(0, colon);
+  return result;
+}
+
+class HttplibTransport : public Transport {
+ public:
+  explicit HttplibTransport(TlsOptions tls) : tls_(std::move(tls)) {}
+
+  Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                               const Context& ctx) override {
+    if (ctx.done()) return context_error(ctx, "the request was not sent");
+    Result<HttpResponse> result = HttpResponse{};
+    auto thrown = guarded([&] { result = exchange(request, sink, ctx); });
+    if (!thrown) return result;
+    return make_error(ErrorCode::Connection, "the request to " + request.endpoint + " failed",
+                      *thrown, Outcome::MaybeApplied);
+  }
+
+ private:
+  using Connection = std::unique_ptr<HttpConnection>;
+  static constexpr std::size_t kMostIdle = 16;  // connections per endpoint
+
+  struct Exchange {
+    HttpResponse response;
+    bool stopped{false};  // by the sink
+  };
+
+  Result<HttpResponse> exchange(const HttpRequest& request, const ChunkSink& sink,
+                                const Context& ctx) {
+    bool close = has_close(request);
+    Connection connection = close ? nullptr : take(request.endpoint);
+    if (!connection) connection = connect(request.endpoint);
+    if (!connection) return no_tls(request.endpoint);
+    configure(*connection->client, request, ctx, close);
+
+    Exchange state;
+    httplib::Error error = httplib::Error::Success;
+    {
+      NoSigpipe guard;
+      auto hook = ctx.on_cancel([&] { connection->tap.cut(); });
+      error = send(*connection->client, build(request, sink, state));
+      hook.reset();
+      bool reusable = error == httplib::Error::Success && !close && !ctx.cancelled();
+      if (reusable) {
+        give_back(request.endpoint, std::move(connection));
+      } else {
+        connection.reset();  // inside the guard: closing TLS writes, too
+      }
+    }
+    return judge(request, state, error, ctx);
+  }
+
+  static bool has_close(const HttpRequest& request) {
+    return std::any_of(request.headers.begin(), request.headers.end(), [](const auto& header) {
+      return header.first == "Connection" && header.second == "close";
+    });
+  }
+
+  static httplib::Error send(httplib::ClientImpl& client, const httplib::Request& request) {
+    auto result = client.send(request);
+    return result ? httplib::Error::Success : result.error();
+  }
+
+  /// Status and body are taken by handlers: httplib 0.11 reports etcd 3.4's errors, which end in
+  /// a trailer, as read errors and drops what it has read.
+  static httplib::Request build(const HttpRequest& request, const ChunkSink& sink,
+                                Exchange& state) {
+    httplib::Request http;
+    http.method = "POST";
+    http.path = request.path;
+    http.body = request.body;
+    auto host = request.endpoint.substr(request.endpoint.find("//") + 2);
+    http.set_header("Host", host);
+    http.set_header("Content-Type", "application/json");
+    for (const auto& header : request.headers) http.set_header(header.first, header.second);
+    http.response_handler = [&state](const httplib::Response& response) {
+      state.response.status = response.status;
+      return true;
+    };
+    http.content_receiver = [&state, &sink](const char* data, std::size_t size, std::uint64_t,
+                                            std::uint64_t) {
+      bool streamed = sink && state.response.status / 100 == 2;
+      if (!streamed) return state.response.body.append(data, size), true;
+      state.stopped = !sink(std::string_view(data, size));
+      return !state.stopped;
+    };
+    return http;
+  }
+
+  static Result<HttpResponse> judge(const HttpRequest& request, Exchange& state,
+                                    httplib::Error error, const Context& ctx) {
+    bool answered = error == httplib::Error::Success || state.stopped ||
+                    (state.response.status >= 400 && !state.response.body.empty());
+    if (answered && !ctx.cancelled()) return std::move(state.response);
+    bool sent = !never_sent(error);
+    auto outcome = sent ? Outcome::MaybeApplied : Outcome::NotApplied;
+    auto what = "the request to " + request.endpoint + " failed";
+    if (ctx.done()) return context_error(ctx, what, httplib::to_string(error), outcome);
+    return make_error(ErrorCode::Connection, what, httplib::to_string(error), outcome);
+  }
+
+  static bool never_sent(httplib::Error error) {
+    switch (error) {
+      case httplib::Error::Connection:
+      case httplib::Error::ConnectionTimeout:
+      case httplib::Error::BindIPAddress:
+      case httplib::Error::SSLConnection:
+      case httplib::Error::SSLLoadingCerts:
+      case httplib::Error::SSLServerVerification: return true;
+      default: return false;
+    }
+  }
+
+  Connection take(const std::string& endpoint) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& idle = idle_[endpoint];
+    if (idle.empty()) return nullptr;
+    auto connection = std::move(idle.back());
+    idle.pop_back();
+    return connection;
+  }
+
+  void give_back(const std::string& endpoint, Connection connection) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& idle = idle_[endpoint];
+    if (idle.size() < kMostIdle) idle.push_back(std::move(connection));
+  }
+
+  /// Null: TLS was asked for and is not built in.
+  Connection connect(const std::string& endpoint) const {
+    auto to = split_endpoint(endpoint);
+    auto connection = std::make_unique<HttpConnection>();
+    if (!to.tls) {
+      connection->client = std::make_unique<httplib::ClientImpl>(to.host, to.port);
+    } else {
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+      connection->client = std::make_unique<httplib::SSLClient>(to.host, to.port, tls_.cert_file,
+                                                                tls_.key_file);
+      if (!tls_.ca_file.empty()) connection->client->set_ca_cert_path(tls_.ca_file);
+      connection->client->enable_server_certificate_verification(tls_.verify_server);
+#else
+      return nullptr;
+#endif
+    }
+    auto* tap = &connection->tap;
+    connection->client->set_tcp_nodelay(true);
+    connection->client->set_socket_options([tap](socket_t socket) {
+      tune_socket(socket);
+      tap->attach(socket);
+    });
+    return connection;
+  }
+
+  static Error no_tls(const std::string& endpoint) {
+    return make_error(ErrorCode::Validation, "cannot speak TLS to " + endpoint,
+                      "cpp-httplib was built without CPPHTTPLIB_OPENSSL_SUPPORT");
+  }
+
+  static void configure(httplib::ClientImpl& client, const HttpRequest& request,
+                        const Context& ctx, bool close) {
+    auto left = milliseconds(std::chrono::hours(24));
+    if (ctx.deadline()) {
+      left = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now());
+    }
+    left = std::max(left, milliseconds(1));
+    auto idle = request.idle_timeout.count() > 0 ? std::min(left, request.idle_timeout) : left;
+    client.set_keep_alive(!close);
+    client.set_connection_timeout(std::min(left, milliseconds(std::chrono::seconds(5))));
+    client.set_read_timeout(idle);
+    client.set_write_timeout(std::min(left, milliseconds(std::chrono::seconds(10))));
+  }
+
+  const TlsOptions tls_;
+  std::mutex mutex_;
+  std::map<std::string, std::vector<Connection>> idle_;
+};
+
+#else
+
+class MissingTransport : public Transport {
+ public:
+  Result<HttpResponse> perform(const HttpRequest&, const ChunkSink&, const Context&) override {
+    return make_error(ErrorCode::Unavailable, "there is no transport",
+                      "built with COORDINATION_USE_HTTPLIB 0: set CoordinatorOptions::transport");
+  }
+};
+
+#endif
+
+}  // namespace detail
+
+COORDINATION_API std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls) {
+#if COORDINATION_USE_HTTPLIB
+  return std::make_shared<detail::HttplibTransport>(tls);
+#else
+  static_cast<void>(tls);
+  return std::make_shared<detail::MissingTransport>();
+#endif
+}
+
+// == 5. Client ==================================================================================
+
+namespace detail {
+
+/// The endpoint as "scheme://host:port"; empty if it is none.
+COORDINATION_API std::string normal_endpoint(std::string endpoint, bool tls) {
+  std::string scheme = tls ? "https://" : "http://";
+  for (const char* known : {"http://", "https://"}) {
+    if (endpoint.compare(0, std::strlen(known), known) != 0) continue;
+    scheme = known;
+    endpoint.erase(0, scheme.size());
+  }
+  auto colon = endpoint.rfind(':');
+  if (colon == std::string::npos || colon == 0) return {};
+  auto host = endpoint.substr(0, colon), port = endpoint.substr(colon + 1);
+  bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  auto bad = bracketed ? std::string("/ @") : std::string("/ @:[]");
+  if (host.find_first_of(bad) != std::string::npos) return {};
+  if (port.empty() || port.size() > 5) return {};
+  if (port.find_first_not_of("0123456789") != std::string::npos) return {};
+  int value = std::atoi(port.c_str());
+  if (value < 1 || value > 65535) return {};
+  return scheme + host + ":" + std::to_string(value);
+}
+
+/// Whether a call may be sent again after it may have been applied.
+enum class Safety {
+  Read,        // changes nothing
+  Idempotent,  // made so that the second time changes nothing
+  Write
+};
+
+/// What the answer to an attempt means.
+struct Verdict {
+  enum class Next { Stop, OtherMember, Wait, Login };
+  Error error;
+  Next next{Next::Stop};
+  bool member_failed{false};
+  bool applied_unknown{false};
+};
+
+struct Rule {
+  const char* text;  // in etcd's message
+  ErrorCode code;
+  Verdict::Next next;
+  bool applied_unknown;
+  bool member_failed;
+};
+
+/// etcd's messages, after the table in its rpctypes/error.go. The first that matches counts.
+COORDINATION_API const Rule* find_rule(const std::string& message) {
+  using Next = Verdict::Next;
+  using Code = ErrorCode;
+  static constexpr Rule kRules[] = {
+      {"invalid auth token", Code::PermissionDenied, Next::Login, false, false},
+      {"revision of auth store is old", Code::PermissionDenied, Next::Login, false, false},
+      {"user name is empty", Code::PermissionDenied, Next::Login, false, false},
+      {"authentication failed", Code::PermissionDenied, Next::Stop, false, false},
+      {"permission denied", Code::PermissionDenied, Next::Stop, false, false},
+      {"no leader", Code::Unavailable, Next::OtherMember, false, true},
+      {"not a primary lessor", Code::Unavailable, Next::OtherMember, false, true},
+      {"not supported for learner", Code::Unavailable, Next::OtherMember, false, true},
+      {"leader changed", Code::Unavailable, Next::Wait, true, false},
+      {"too many requests", Code::Unavailable, Next::Wait, false, false},
+      {"database space exceeded", Code::Unavailable, Next::Stop, false, false},
+      {"required revision has been compacted", Code::Compacted, Next::Stop, false, false},
+      {"is a future revision", Code::Unavailable, Next::Wait, false, false},
+      {"lease not found", Code::NotFound, Next::Stop, false, false},
+      {"lease already exists", Code::Conflict, Next::Stop, false, false},
+      {"request timed out", Code::Unavailable, Next::OtherMember, true, true},
+      {"deadline exceeded", Code::Timeout, Next::OtherMember, true, true},
+      {"CommonName of client", Code::PermissionDenied, Next::Stop, false, false},
+  };
+  for (const Rule& rule : kRules) {
+    if (message.find(rule.text) != std::string::npos) return &rule;
+  }
+  return nullptr;
+}
+
+COORDINATION_API ErrorCode code_of_grpc(int code) {
+  switch (code) {
+    case 1: return ErrorCode::Unavailable;
+    case 3:
+    case 8:
+    case 11: return ErrorCode::Validation;
+    case 4: return ErrorCode::Timeout;
+    case 5: return ErrorCode::NotFound;
+    case 6:
+    case 9: return ErrorCode::Conflict;
+    case 7:
+    case 16: return ErrorCode::PermissionDenied;
+    case 14: return ErrorCode::Unavailable;
+    default: return ErrorCode::Internal;
+  }
+}
+
+COORDINATION_API Verdict judge_error(const wire::EtcdError& error, const std::string& endpoint) {
+  Verdict verdict;
+  verdict.error = make_error(ErrorCode::Internal, "etcd at " + endpoint + " has refused",
+                             error.message);
+  if (const Rule* rule = find_rule(error.message)) {
+    verdict.error.code = rule->code;
+    verdict.next = rule->next;
+    verdict.applied_unknown = rule->applied_unknown;
+    verdict.member_failed = rule->member_failed;
+    return verdict;
+  }
+  verdict.error.code = code_of_grpc(error.code);
+  bool failed = verdict.error.code == ErrorCode::Unavailable ||
+                verdict.error.code == ErrorCode::Timeout || error.code == 2 || error.code == 13;
+  if (!failed) return verdict;
+  verdict.next = Verdict::Next::OtherMember;
+  verdict.applied_unknown = true;
+  verdict.member_failed = true;
+  return verdict;
+}
+
+/// An answer with an HTTP status that is no success.
+COORDINATION_API Verdict judge_status(const HttpResponse& response, const std::string& endpoint) {
+  auto etcd = wire::decode_error_body(response.body);
+  if (etcd && !etcd->message.empty() && response.status != 404) return judge_error(*etcd, endpoint);
+  if (etcd && etcd->code == 5 && etcd->message != "Not Found") return judge_error(*etcd, endpoint);
+  if (response.body.find("CommonName of client") != std::string::npos) {
+    return judge_error({7, response.body}, endpoint);
+  }
+  Verdict verdict;
+  verdict.next = Verdict::Next::OtherMember;
+  verdict.member_failed = true;
+  auto status = "HTTP status " + std::to_string(response.status);
+  auto hint = response.status == 404 ? ": its JSON gateway is off (enable-grpc-gateway), or this is"
+                                       " another server"
+                                     : ": this is no etcd, or a proxy before it";
+  auto body = response.body.substr(0, 120);
+  verdict.error = make_error(ErrorCode::Unavailable, endpoint + " did not answer as etcd does",
+                             status + hint + (body.empty() ? "" : "; it said: " + body));
+  verdict.applied_unknown = response.status >= 500;
+  return verdict;
+}
+
+COORDINATION_API Verdict judge_transport(const Error& error) {
+  Verdict verdict;
+  verdict.error = error;
+  verdict.applied_unknown = error.outcome == Outcome::MaybeApplied;
+  verdict.member_failed = error.code != ErrorCode::Cancelled && error.code != ErrorCode::Validation;
+  verdict.next = verdict.member_failed ? Verdict::Next::OtherMember : Verdict::Next::Stop;
+  return verdict;
+}
+
+COORDINATION_API Error not_etcd(const std::string& endpoint, std::string_view body) {
+  return make_error(ErrorCode::Internal, endpoint + " did not answer as etcd does",
+                    "not a reply of etcd's JSON gateway: " + std::string(body.substr(0, 120)),
+                    Outcome::MaybeApplied);
+}
+
+/// The members of the cluster, judged by what became of real requests. One that fails rests, the
+/// longer the more often; after that one request tries it, and the others go on elsewhere.
+class Members {
+ public:
+  explicit Members(std::vector<std::string> urls) {
+    for (auto& url : urls) members_.push_back({std::move(url), 0, {}});
+  }
+
+  std::size_t size() const { return members_.size(); }
+  const std::string& url(std::size_t i) const { return members_[i].url; }
+
+  std::size_t choose() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto now = steady_clock::now();
+    std::size_t best = current_;
+    for (std::size_t k = 0; k < members_.size(); ++k) {
+      std::size_t i = (current_ + k) % members_.size();
+      if (members_[i].rests_until <= now) {
+        best = i;
+        break;
+      }
+      if (members_[i].rests_until < members_[best].rests_until) best = i;
+    }
+    current_ = best;
+    if (members_[best].failures > 0) rest(members_[best], now);
+    return best;
+  }
+
+  void succeeded(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    members_[i].failures = 0;
+    members_[i].rests_until = {};
+  }
+
+  void failed(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (members_[i].failures < 8) ++members_[i].failures;
+    rest(members_[i], steady_clock::now());
+    if (current_ == i) current_ = (i + 1) % members_.size();
+  }
+
+ private:
+  struct Member {
+    std::string url;
+    int failures;
+    SteadyTime rests_until;
+  };
+
+  static void rest(Member& member, SteadyTime now) {
+    auto time = milliseconds(250) * (1 << std::min(member.failures, 5));
+    member.rests_until = now + std::min(time, milliseconds(5000));
+  }
+
+  std::mutex mutex_;
+  std::vector<Member> members_;
+  std::size_t current_{0};
+};
+
+class LeaseKeeper;
+class WatchHub;
+
+struct Reply {
+  std::string body;
+  std::string endpoint;
+  bool repeated{false};  // an earlier attempt may have been applied, too
+};
+
+/// One way to one cluster: the only place that knows endpoints, retries and tokens.
+struct ClientState : std::enable_shared_from_this<ClientState> {
+  CoordinatorOptions options;
+  std::shared_ptr<Transport> transport;
+  std::shared_ptr<Clock> clock;
+  std::shared_ptr<Executor> executor{std::make_shared<Executor>()};
+  std::shared_ptr<const Log> log;
+  Context open;                         // cancelled when the Coordinator closes
+  std::atomic<bool> closing{false};     // no new leases from then on
+  std::shared_ptr<LeaseKeeper> leases;  // of section 6
+  std::shared_ptr<WatchHub> watches;    // of section 7
+  std::unique_ptr<Members> members;
+
+  /// One unary call, repeated as RetryConfig and `safety` allow.
+  Result<Reply> call(const char* path, const std::string& body, Safety safety, const Context& ctx,
+                     bool with_token = true);
+
+  /// The same, decoded.
+  template <class T>
+  Result<T> ask(const char* path, const std::string& body, Safety safety, const Context& ctx) {
+    auto reply = call(path, body, safety, ctx);
+    if (!reply) return reply.error();
+    T decoded;
+    if (!wire::decode_reply(reply->body, decoded)) return not_etcd(reply->endpoint, reply->body);
+    return decoded;
+  }
+
+  /// Where a stream was sent, and with which token.
+  struct StreamPlace {
+    std::atomic<std::size_t> member{0};
+    std::atomic<std::uint64_t> token{0};  // its generation
+  };
+
+  Result<TxnResponse> commit(const Txn& txn, Safety safety, const Context& ctx,
+                             bool* repeated = nullptr) {
+    auto reply = call("/v3/kv/txn", wire::body(txn), safety, ctx);
+    if (!reply) return reply.error();
+    if (repeated) *repeated = reply->repeated;
+    TxnResponse decoded;
+    if (!wire::decode_reply(reply->body, decoded)) return not_etcd(reply->endpoint, reply->body);
+    return decoded;
+  }
+
+  /// One streaming request to one member; the caller repeats it. Success: the stream ended well.
+  Result<void> stream(const char* path, std::string body, const ChunkSink& sink,
+                      const Context& ctx, StreamPlace* place = nullptr, bool close = true);
+
+  /// A cheap request to one member: does it serve?
+  bool probe(std::size_t member, milliseconds limit);
+
+  void token_died(std::uint64_t generation);
+
+  struct Login {
+    std::string token;
+    std::uint64_t generation{0};
+    bool busy{false};
+  };
+  Gate login_gate;
+  Login login;
+
+  Result<Login> log_in(const Context& ctx);
+  Result<Login> authenticate(const Context& ctx);
+  HttpRequest request(std::size_t member, const char* path, std::string body,
+                      const std::string& token) const;
+  Context attempt_context(const Context& ctx, SteadyTime deadline, Safety safety) const;
+};
+
+/// The attempts of one call.
+struct Attempts {
+  ClientState& client;
+  const char* path;
+  const std::string& body;
+  Safety safety;
+  const Context& ctx;  // the caller's
+  bool with_token;
+
+  SteadyTime deadline{};
+  Backoff backoff;
+  std::size_t tried{0};  // in this round
+  int rounds{0};
+  bool maybe{false};
+  bool logged_in_again{false};
+  std::optional<Error> last{};
+
+  Attempts(ClientState& c, const char* p, const std::string& b, Safety s, const Context& x, bool t)
+      : client(c), path(p), body(b), safety(s), ctx(x), with_token(t),
+        backoff(c.options.retry_config.initial_delay, c.options.retry_config.max_delay,
+                c.options.retry_config.multiplier) {
+    deadline = ctx.deadline().value_or(steady_clock::now() + client.options.timeout);
+  }
+
+  Result<Reply> run() {
+    while (true) {
+      if (over()) return ended();
+      auto reply = once();
+      if (reply) return reply;
+      if (!go_on(reply.error())) return finished();
+    }
+  }
+
+  bool over() const {
+    return ctx.done() || client.open.cancelled() || steady_clock::now() >= deadline;
+  }
+
+  Verdict verdict{};
+
+  /// One attempt; on failure `verdict` says what it means.
+  Result<Reply> once() {
+    std::string token;
+    std::uint64_t generation = 0;
+    if (with_token && !client.options.username.empty()) {
+      auto login = client.log_in(join_contexts({&ctx}, deadline));
+      if (!login) return verdict = {login.error(), Verdict::Next::Stop, false, false}, login.error();
+      token = login->token;
+      generation = login->generation;
+    }
+    auto member = client.members->choose();
+    auto context = client.attempt_context(ctx, deadline, safety);
+    // A transport that overruns its deadline is cancelled.
+    auto late = context.deadline().value_or(deadline) + milliseconds(20);
+    auto watchdog = client.executor->timer.at(late, [context] { context.cancel(); });
+    auto response = client.transport->perform(client.request(member, path, body, token), nullptr,
+                                              context);
+    client.executor->timer.cancel(watchdog);
+    if (response && response->status == 200) {
+      client.members->succeeded(member);
+      return Reply{std::move(response->body), client.members->url(member), maybe};
+    }
+    judge(response, member, generation);
+    return verdict.error;
+  }
+
+  void judge(const Result<HttpResponse>& response, std::size_t member, std::uint64_t generation) {
+    bool ours = ctx.cancelled() || client.open.cancelled();
+    if (!response) {
+      verdict = judge_transport(response.error());
+      // The attempt's own deadline looks like a cancellation where the watchdog was needed.
+      if (!ours && response.error().code == ErrorCode::Cancelled) {
+        verdict.next = Verdict::Next::OtherMember;
+        verdict.member_failed = true;
+      }
+    } else {
+      verdict = judge_status(*response, client.members->url(member));
+    }
+    if (verdict.member_failed && !ours) client.members->failed(member);
+    if (!verdict.member_failed) client.members->succeeded(member);
+    if (verdict.next == Verdict::Next::Login) client.token_died(generation);
+  }
+
+  /// Whether there is to be another attempt; waits until it is time.
+  bool go_on(const Error& error) {
+    last = error;
+    bool unknown = verdict.applied_unknown && safety != Safety::Read;
+    if (unknown) maybe = true;
+    if (verdict.next == Verdict::Next::Stop) return false;
+    if (unknown && safety == Safety::Write) return false;
+    if (verdict.next == Verdict::Next::Login) {
+      bool again = !logged_in_again && with_token && !client.options.username.empty();
+      logged_in_again = true;
+      return again;
+    }
+    bool round_over = ++tried >= client.members->size();
+    if (!round_over && verdict.next == Verdict::Next::OtherMember) return true;
+    tried = 0;
+    if (++rounds >= std::max(1, client.options.retry_config.max_attempts)) return false;
+    Context wait = join_contexts({&ctx, &client.open}, deadline);
+    pause(wait, backoff.next());
+    return true;
+  }
+
+  Outcome outcome() const { return maybe ? Outcome::MaybeApplied : Outcome::NotApplied; }
+
+  Error finished() const {
+    if (over()) return ended();
+    Error error = *last;
+    error.outcome = outcome();
+    if (error.code == ErrorCode::Cancelled) error.code = ErrorCode::Timeout;
+    return error;
+  }
+
+  Error ended() const {
+    auto cause = last ? to_string(*last) : std::string();
+    auto code = ctx.cancelled() || client.open.cancelled() ? ErrorCode::Cancelled
+                                                           : ErrorCode::Timeout;
+    auto what = client.open.cancelled() ? std::string("the coordinator is closed")
+                                        : std::string("etcd did not answer ") + path + " in time";
+    if (ctx.cancelled()) what = "the call was cancelled";
+    return make_error(code, what, cause, outcome());
+  }
+};
+
+COORDINATION_API Result<Reply> ClientState::call(const char* path, const std::string& body,
+                                                 Safety safety, const Context& ctx,
+                                                 bool with_token) {
+  return Attempts(*this, path, body, safety, ctx, with_token).run();
+}
+
+/// An attempt that may be repeated leaves time for the other members.
+COORDINATION_API Context ClientState::attempt_context(const Context& ctx, SteadyTime deadline,
+                                                      Safety safety) const {
+  auto until = deadline;
+  if (safety != Safety::Write && members->size() > 1) {
+    auto now = steady_clock::now();
+    auto share = (deadline - now) / static_cast<int>(members->size());
+    auto least = std::chrono::nanoseconds(milliseconds(250));
+    until = std::min(deadline, now + std::max<std::chrono::nanoseconds>(share, least));
+  }
+  return join_contexts({&ctx, &open}, until);
+}
+
+COORDINATION_API HttpRequest ClientState::request(std::size_t member, const char* path,
+                                                  std::string body,
+                                                  const std::string& token) const {
+  HttpRequest request;
+  request.endpoint = members->url(member);
+  request.path = path;
+  request.body = std::move(body);
+  if (!token.empty()) request.headers.emplace_back("Authorization", token);
+  return request;
+}
+
+COORDINATION_API Result<void> ClientState::stream(const char* path, std::string body,
+                                                  const ChunkSink& sink, const Context& ctx,
+                                                  StreamPlace* place, bool close) {
+  auto token = log_in(ctx);
+  if (!token) return token.error();
+  auto member = members->choose();
+  auto http = request(member, path, std::move(body), token->token);
+  // Without it etcd's gateway throws away what it has not read when its first answer is sent.
+  if (close) http.headers.emplace_back("Connection", "close");
+  http.headers.emplace_back("Grpc-Metadata-hasleader", "true");
+  // A watch hears at least progress, every ten minutes.
+  http.idle_timeout = std::chrono::minutes(25);
+  if (place) {
+    place->member = member;
+    place->token = token->generation;
+  }
+  Context context = join_contexts({&ctx, &open});
+  auto watchdog = Timer::Id{};
+  if (context.deadline()) {
+    auto late = *context.deadline() + milliseconds(20);
+    watchdog = executor->timer.at(late, [context] { context.cancel(); });
+  }
+  auto response = transport->perform(http, sink, context);
+  if (context.deadline()) executor->timer.cancel(watchdog);
+  if (response && response->status == 200) {
+    members->succeeded(member);
+    return {};
+  }
+  auto verdict = response ? judge_status(*response, members->url(member))
+                          : judge_transport(response.error());
+  bool ours = ctx.cancelled() || open.cancelled();
+  if (verdict.member_failed && !ours) members->failed(member);
+  if (verdict.next == Verdict::Next::Login) token_died(token->generation);
+  return verdict.error;
+}
+
+COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit) {
+  RangeRequest range;
+  range.key = options.key_prefix + "/";
+  range.keys_only = range.serializable = true;
+  auto token = log_in(join_contexts({&open}, steady_clock::now() + limit));
+  if (!token) return false;
+  auto context = join_contexts({&open}, steady_clock::now() + limit);
+  auto response = transport->perform(
+      request(member, "/v3/kv/range", wire::body(range), token->token), nullptr, context);
+  bool serves = response && (response->status / 100 == 2 || response->status / 100 == 4);
+  if (!serves && !open.cancelled()) members->failed(member);
+  return serves;
+}
+
+// One login at a time; the others wait for its result.
+
+COORDINATION_API Result<ClientState::Login> ClientState::log_in(const Context& ctx) {
+  if (options.username.empty()) return Login{};
+  Context wait = join_contexts({&ctx, &open});
+  if (!wait.deadline()) wait = join_contexts({&wait}, steady_clock::now() + options.timeout);
+  bool first = false;
+  bool in_time = login_gate.wait(wait, [&] {
+    if (login.busy) return false;
+    first = login.generation == 0;
+    if (first) login.busy = true;
+    return true;
+  });
+  if (!in_time) return open.cancelled() ? closed_error() : context_error(wait, "could not log in");
+  if (!first) {
+    std::lock_guard<std::mutex> lock(login_gate.mutex);
+    return login;
+  }
+  auto result = authenticate(wait);
+  std::lock_guard<std::mutex> lock(login_gate.mutex);
+  login.busy = false;
+  if (result) login = *result;
+  login_gate.changed.notify_all();
+  return result;
+}
+
+COORDINATION_API Result<ClientState::Login> ClientState::authenticate(const Context& ctx) {
+  Login fresh;
+  fresh.generation = random_number() | 1;
+  auto body = wire::login_body(options.username, options.password);
+  auto reply = call("/v3/auth/authenticate", body, Safety::Read, ctx, false);
+  if (!reply) {
+    bool off = reply.error().cause.find("authentication is not enabled") != std::string::npos;
+    if (off) return fresh;
+    Error error = reply.error();
+    error.message = "cannot log in as " + options.username + ": " + error.message;
+    return error;
+  }
+  wire::Token token;
+  if (!wire::decode_reply(reply->body, token) || token.text.empty()) {
+    return make_error(ErrorCode::Internal, reply->endpoint + " did not answer as etcd does",
+                      "no token in the answer to a login");
+  }
+  fresh.token = token.text;
+  (*log)(LogLevel::Info, "logged in", {{"user", options.username}, {"endpoint", reply->endpoint}});
+  return fresh;
+}
+
+COORDINATION_API void ClientState::token_died(std::uint64_t generation) {
+  std::lock_guard<std::mutex> lock(login_gate.mutex);
+  if (login.busy || login.generation != generation) return;
+  login = Login{};
+}
+
+COORDINATION_API std::int64_t seconds_up(milliseconds time) {
+  return std::chrono::ceil<std::chrono::seconds>(time).count();
+}
+
+}  // namespace detail
+
+COORDINATION_API std::string prefix_range_end(std::string_view prefix) {
+  std::string end(prefix);
+  while (!end.empty() && static_cast<unsigned char>(end.back()) == 0xff) end.pop_back();
+  if (end.empty()) return std::string(1, '\0');  // to the last key of all
+  end.back() = static_cast<char>(static_cast<unsigned char>(end.back()) + 1);
+  return end;
+}
+
+namespace detail {
+COORDINATION_API Compare compare_number(std::string key, Compare::Target target, Compare::Is is,
+                                        std::int64_t number) {
+  Compare compare;
+  compare.key = std::move(key);
+  compare.target = target;
+  compare.is = is;
+  compare.number = number;
+  return compare;
+}
+}  // namespace detail
+
+COORDINATION_API Compare Compare::create_revision(std::string key, Is is, std::int64_t revision) {
+  return detail::compare_number(std::move(key), Target::Create, is, revision);
+}
+COORDINATION_API Compare Compare::mod_revision(std::string key, Is is, std::int64_t revision) {
+  return detail::compare_number(std::move(key), Target::Mod, is, revision);
+}
+COORDINATION_API Compare Compare::version(std::string key, Is is, std::int64_t version) {
+  return detail::compare_number(std::move(key), Target::Version, is, version);
+}
+COORDINATION_API Compare Compare::lease(std::string key, Is is, std::int64_t lease) {
+  return detail::compare_number(std::move(key), Target::Lease, is, lease);
+}
+COORDINATION_API Compare Compare::value(std::string key, Is is, std::string value) {
+  Compare compare = detail::compare_number(std::move(key), Target::Value, is, 0);
+  compare.bytes = std::move(value);
+  return compare;
+}
+COORDINATION_API Compare Compare::exists(std::string key) {
+  return create_revision(std::move(key), Is::Greater, 0);
+}
+COORDINATION_API Compare Compare::missing(std::string key) {
+  return create_revision(std::move(key), Is::Equal, 0);
+}
+
+COORDINATION_API Op Op::range(RangeRequest request) { return {std::move(request)}; }
+COORDINATION_API Op Op::get(std::string key) {
+  RangeRequest request;
+  request.key = std::move(key);
+  return {std::move(request)};
+}
+COORDINATION_API Op Op::put(std::string key, std::string value, std::int64_t lease) {
+  PutRequest request;
+  request.key = std::move(key);
+  request.value = std::move(value);
+  request.lease = lease;
+  return {std::move(request)};
+}
+COORDINATION_API Op Op::put(PutRequest request) { return {std::move(request)}; }
+COORDINATION_API Op Op::remove(std::string key) {
+  RemoveRequest request;
+  request.key = std::move(key);
+  return {std::move(request)};
+}
+COORDINATION_API Op Op::remove(RemoveRequest request) { return {std::move(request)}; }
+COORDINATION_API Op Op::txn(Txn txn) { return {std::make_shared<const Txn>(std::move(txn))}; }
+
+COORDINATION_API const RangeResponse& TxnResponse::range(std::size_t i) const {
+  static const RangeResponse kEmpty;
+  if (i >= responses.size()) return kEmpty;
+  auto* range = std::get_if<RangeResponse>(&responses[i]);
+  return range ? *range : kEmpty;
+}
+
+COORDINATION_API Result<KeyValue> Client::get(std::string key, Context ctx) {
+  RangeRequest request;
+  request.key = key;
+  auto response = range(std::move(request), std::move(ctx));
+  if (!response) return response.error();
+  if (!response->kvs.empty()) return std::move(response->kvs.front());
+  return detail::make_error(ErrorCode::NotFound, "there is no key " + key);
+}
+
+namespace detail {
+COORDINATION_API Error empty_key() { return invalid("a key is empty"); }
+}  // namespace detail
+
+COORDINATION_API Result<RangeResponse> Client::range(RangeRequest request, Context ctx) {
+  if (request.key.empty() && request.range_end.empty()) return detail::empty_key();
+  return state_->ask<RangeResponse>("/v3/kv/range", detail::wire::body(request),
+                                    detail::Safety::Read, ctx);
+}
+
+COORDINATION_API Result<PutResponse> Client::put(std::string key, std::string value, Context ctx) {
+  PutRequest request;
+  request.key = std::move(key);
+  request.value = std::move(value);
+  return put(std::move(request), std::move(ctx));
+}
+
+COORDINATION_API Result<PutResponse> Client::put(PutRequest request, Context ctx) {
+  if (request.key.empty()) return detail::empty_key();
+  return state_->ask<PutResponse>("/v3/kv/put", detail::wire::body(request),
+                                  detail::Safety::Write, ctx);
+}
+
+COORDINATION_API Result<RemoveResponse> Client::remove(std::string key, Context ctx) {
+  RemoveRequest request;
+  request.key = std::move(key);
+  return remove(std::move(request), std::move(ctx));
+}
+
+COORDINATION_API Result<RemoveResponse> Client::remove(RemoveRequest request, Context ctx) {
+  if (request.key.empty() && request.range_end.empty()) return detail::empty_key();
+  return state_->ask<RemoveResponse>("/v3/kv/deleterange", detail::wire::body(request),
+                                     detail::Safety::Write, ctx);
+}
+
+COORDINATION_API Result<TxnResponse> Client::commit(Txn txn, Context ctx) {
+  return state_->commit(txn, detail::Safety::Write, ctx);
+}
+
+COORDINATION_API Result<void> Client::compact(std::int64_t revision, Context ctx) {
+  auto done = state_->ask<detail::wire::Nothing>(
+      "/v3/kv/compaction", detail::wire::compaction_body(revision), detail::Safety::Idempotent,
+      ctx);
+  if (done || done.error().code == ErrorCode::Compacted) return {};
+  return done.error();
+}
+
+COORDINATION_API Result<Status> Client::status(Context ctx) {
+  auto reply = state_->call("/v3/maintenance/status", "{}", detail::Safety::Read, ctx);
+  if (!reply) return reply.error();
+  Status status;
+  if (!detail::wire::decode_reply(reply->body, status)) {
+    return detail::not_etcd(reply->endpoint, reply->body);
+  }
+  status.endpoint = reply->endpoint;
+  return status;
+}
+
+// == 6. Lease ===================================================================================
+
+namespace detail {
+
+/// One lease. Its deadline is local and never later than etcd's: the time at which the last
+/// successful renewal was sent, plus the TTL.
+struct LeaseState {
+  enum class Phase { Live, Lost, Released };
+
+  LeaseState(std::int64_t lease_id, std::shared_ptr<Clock> c, std::shared_ptr<Strand> strand)
+      : id(lease_id), clock(std::move(c)), loss(std::move(strand)) {}
+
+  const std::int64_t id;
+  const std::shared_ptr<Clock> clock;
+  std::shared_ptr<ClientState> client;
+  milliseconds asked{0};                    // the TTL that was asked for
+  std::atomic<std::int64_t> ttl_ms{0};      // the one that was granted
+  std::atomic<std::int64_t> deadline_ns{0};
+  std::atomic<Phase> phase{Phase::Live};
+  SteadyTime due{};          // of the next renewal; the keeper's mutex guards it
+  Context life;              // cancelled when it is lost or released
+  LossSignal loss;           // for the user's handler
+  std::mutex hook_mutex;
+  std::function<void(const Error&)> hook;  // for the library's own: called at once, must be short
+
+  milliseconds ttl() const { return milliseconds(ttl_ms); }
+  SteadyTime deadline() const {
+    return SteadyTime(std::chrono::nanoseconds(deadline_ns.load()));
+  }
+  bool held() const { return phase == Phase::Live && clock->now() < deadline(); }
+
+  void renewed(SteadyTime sent, std::int64_t seconds) {
+    ttl_ms = seconds * 1000;
+    auto until = sent + std::chrono::seconds(seconds);
+    std::int64_t ns = std::chrono::nanoseconds(until.time_since_epoch()).count();
+    auto before = deadline_ns.load();
+    while (ns > before && !deadline_ns.compare_exchange_weak(before, ns)) {
+    }
+  }
+
+  void set_hook(std::function<void(const Error&)> fn) {
+    std::lock_guard<std::mutex> lock(hook_mutex);
+    hook = std::move(fn);
+  }
+
+  /// Live -> Lost; true the first time.
+  bool lose(const Error& error) {
+    auto live = Phase::Live;
+    if (!phase.compare_exchange_strong(live, Phase::Lost)) return false;
+    std::function<void(const Error&)> fn;
+    {
+      std::lock_guard<std::mutex> lock(hook_mutex);
+      fn.swap(hook);
+    }
+    if (fn) fn(error);
+    loss.fire(error);
+    life.cancel();
+    return true;
+  }
+
+  /// Live -> Released; true the first time.
+  bool release() {
+    auto live = Phase::Live;
+    if (!phase.compare_exchange_strong(live, Phase::Released)) return false;
+    set_hook(nullptr);
+    life.cancel();
+    return true;
+  }
+};
+
+using LeasePtr = std::shared_ptr<LeaseState>;
+
+/// Keeps all leases of a Coordinator alive: one task, one request for all that are due.
+/// After etcd's clientv3/lease.go (a third of the TTL), with the deadline counted from sending.
+class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
+ public:
+  explicit LeaseKeeper(std::weak_ptr<ClientState> client) : client_(std::move(client)) {}
+
+  Result<LeasePtr> grant(milliseconds ttl, const Context& ctx);
+  /// A lease of this TTL that was given back, or a new one.
+  Result<LeasePtr> take(milliseconds ttl, const Context& ctx);
+  /// A live lease without keys, for the next one who wants this TTL.
+  void give_back(LeasePtr lease);
+  /// Ends it in the background, unless it is lost or over already.
+  void drop(const LeasePtr& lease);
+  /// Ends a lease in the background: tried again until it is done or its TTL is over.
+  /// `granted` false: the grant may still be under way.
+  void revoke_later(std::int64_t id, milliseconds ttl, bool granted);
+  Result<void> revoke(std::int64_t id, const Context& ctx);
+  Result<void> renew_now(const LeasePtr& lease, const Context& ctx);
+  /// Renews it no more.
+  void forget(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    leases_.erase(id);
+  }
+  /// Something is wrong with the connection: renew everything now.
+  void hurry();
+  /// When the clock has jumped.
+  void wake() {
+    check_deadlines();
+    schedule(steady_clock::now());
+  }
+  /// Revokes everything until `limit`.
+  void close(SteadyTime limit);
+
+ private:
+  static constexpr milliseconds kWindow{200};     // renewals that are due within it go together
+  static constexpr milliseconds kRetry{500};      // after a renewal that failed
+  static constexpr std::size_t kBatch = 1000;     // leases in one request
+  static constexpr std::size_t kMostIdle = 64;    // leases kept for reuse
+
+  struct Idle {
+    LeasePtr lease;
+    SteadyTime since;
+  };
+  struct Doomed {
+    std::int64_t id;
+    SteadyTime until;  // by then it has run out
+    bool granted;
+    SteadyTime next;
+  };
+
+  void add(const LeasePtr& lease);
+  void lost(const LeasePtr& lease, const char* why);
+  void schedule(SteadyTime when);
+  void tick();
+  void renew(std::vector<LeasePtr> batch);
+  std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch);
+  void answered(const LeasePtr& lease, SteadyTime sent, std::int64_t ttl);
+  void check_deadlines();
+  void watch_deadline(SteadyTime deadline);
+  void retire_idle();
+  void sweep();
+  void schedule_sweep(SteadyTime when);
+  milliseconds attempt_limit();
+  SteadyTime real_time(SteadyTime of_clock, const Clock& clock) const {
+    return steady_clock::now() + (of_clock - clock.now());
+  }
+
+  std::weak_ptr<ClientState> client_;
+  std::mutex mutex_;
+  std::unordered_map<std::int64_t, LeasePtr> leases_;
+  std::vector<Idle> idle_;
+  std::vector<Doomed> doomed_;
+  std::optional<SteadyTime> tick_at_, check_at_, sweep_at_;
+  bool closed_{false};
+};
+
+COORDINATION_API Error lease_lost(const char* why) {
+  return make_error(ErrorCode::Lost, "the lease is lost", why);
+}
+
+COORDINATION_API Result<LeasePtr> LeaseKeeper::grant(milliseconds ttl, const Context& ctx) {
+  auto client = client_.lock();
+  if (!client || client->closing) return closed_error();
+  // The client chooses the id: the same grant sent twice is one lease.
+  auto id = static_cast<std::int64_t>(random_number() >> 2) + 1;
+  auto strand = std::make_shared<Strand>(client->executor->callbacks, client->log);
+  auto lease = std::make_shared<LeaseState>(id, client->clock, std::move(strand));
+  lease->client = client;
+  lease->asked = ttl;
+  auto sent = client->clock->now();
+  auto reply = client->ask<wire::LeaseReply>("/v3/lease/grant",
+                                             wire::grant_body(id, seconds_up(ttl)),
+                                             Safety::Idempotent, ctx);
+  if (reply && reply->ttl > 0) {
+    lease->renewed(sent, reply->ttl);
+    add(lease);
+    return lease;
+  }
+  if (reply) return not_etcd("etcd", "a grant without a TTL");
+  if (reply.error().code == ErrorCode::Conflict) {  // "already exists": an earlier attempt did it
+    auto renewed = renew_now(lease, ctx);
+    if (!renewed) return revoke_later(id, ttl, true), renewed.error();
+    add(lease);
+    return lease;
+  }
+  if (reply.error().outcome == Outcome::MaybeApplied) revoke_later(id, ttl, false);
+  return reply.error();
+}
+
+COORDINATION_API void LeaseKeeper::add(const LeasePtr& lease) {
+  auto now = lease->clock->now();
+  SteadyTime due;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    due = lease->due = now + jittered(lease->ttl() / 3);
+    leases_[lease->id] = lease;
+  }
+  schedule(real_time(due, *lease->clock));
+  watch_deadline(real_time(lease->deadline(), *lease->clock));
+}
+
+COORDINATION_API Result<LeasePtr> LeaseKeeper::take(milliseconds ttl, const Context& ctx) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto fits = [&](const Idle& idle) {
+      auto& lease = *idle.lease;
+      return lease.asked == ttl && lease.held() &&
+             lease.deadline() - lease.clock->now() > lease.ttl() / 2;
+    };
+    auto it = std::find_if(idle_.begin(), idle_.end(), fits);
+    if (it != idle_.end()) {
+      auto lease = std::move(it->lease);
+      idle_.erase(it);
+      return lease;
+    }
+  }
+  return grant(ttl, ctx);
+}
+
+COORDINATION_API void LeaseKeeper::give_back(LeasePtr lease) {
+  lease->set_hook(nullptr);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!closed_ && lease->held() && idle_.size() < kMostIdle) {
+      auto now = lease->clock->now();
+      idle_.push_back({std::move(lease), now});
+      return;
+    }
+  }
+  drop(lease);
+}
+
+COORDINATION_API void LeaseKeeper::drop(const LeasePtr& lease) {
+  if (!lease->release()) return;
+  forget(lease->id);
+  revoke_later(lease->id, lease->ttl(), true);
+}
+
+COORDINATION_API Result<void> LeaseKeeper::revoke(std::int64_t id, const Context& ctx) {
+  auto client = client_.lock();
+  if (!client) return closed_error();
+  forget(id);
+  auto done = client->ask<wire::Nothing>("/v3/lease/revoke", wire::lease_body(id),
+                                         Safety::Idempotent, ctx);
+  if (done || done.error().code == ErrorCode::NotFound) return {};
+  return done.error();
+}
+
+COORDINATION_API void LeaseKeeper::lost(const LeasePtr& lease, const char* why) {
+  auto client = client_.lock();
+  if (!client || !lease->lose(lease_lost(why))) return;
+  (*client->log)(LogLevel::Warn, "a lease is lost",
+                 {{"lease", std::to_string(lease->id)}, {"why", why}});
+  forget(lease->id);
+  // It may live on in etcd, where it would keep others out.
+  revoke_later(lease->id, lease->ttl(), true);
+}
+
+// Renewing.
+
+COORDINATION_API void LeaseKeeper::schedule(SteadyTime when) {
+  auto client = client_.lock();
+  if (!client) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_ || (tick_at_ && *tick_at_ <= when)) return;
+  tick_at_ = when;
+  std::weak_ptr<LeaseKeeper> weak = weak_from_this();
+  auto renewals = client->executor->renewals;
+  client->executor->timer.at(when, [weak, renewals] {
+    renewals->post([weak] {
+      if (auto self = weak.lock()) self->tick();
+    });
+  });
+}
+
+COORDINATION_API void LeaseKeeper::tick() {
+  auto client = client_.lock();
+  if (!client) return;
+  auto now = client->clock->now();
+  std::vector<LeasePtr> due;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    tick_at_.reset();
+    for (auto& entry : leases_) {
+      if (entry.second->due <= now + kWindow) due.push_back(entry.second);
+    }
+  }
+  for (std::size_t i = 0; i < due.size(); i += kBatch) {
+    auto last = std::min(i + kBatch, due.size());
+    renew(std::vector<LeasePtr>(due.begin() + static_cast<std::ptrdiff_t>(i),
+                                due.begin() + static_cast<std::ptrdiff_t>(last)));
+  }
+  retire_idle();
+  std::optional<SteadyTime> next;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& entry : leases_) next = std::min(next.value_or(entry.second->due), entry.second->due);
+  }
+  if (next) schedule(std::max(real_time(*next, *client->clock), steady_clock::now() + kWindow));
+}
+
+/// No attempt may use up the TTL of any lease.
+COORDINATION_API milliseconds LeaseKeeper::attempt_limit() {
+  milliseconds limit(5000);
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& entry : leases_) limit = std::min(limit, entry.second->ttl() / 3);
+  return std::max(limit, milliseconds(250));
+}
+
+/// Renews until each lease has an answer, once with every member at the most.
+COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
+  auto client = client_.lock();
+  if (!client) return;
+  for (std::size_t k = 0; k < client->members->size() && !batch.empty(); ++k) {
+    if (client->open.cancelled()) return;
+    batch = renew_once(*client, batch);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto now = client->clock->now();
+  for (auto& lease : batch) lease->due = now + std::min(kRetry, lease->ttl() / 10);
+}
+
+/// One request for all; returns those that have got no answer.
+COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
+    ClientState& client, const std::vector<LeasePtr>& batch) {
+  std::unordered_map<std::int64_t, LeasePtr> waiting;
+  std::string body;
+  for (auto& lease : batch) {
+    body += wire::lease_body(lease->id) + "\n";
+    waiting.emplace(lease->id, lease);
+  }
+  auto sent = client.clock->now();
+  wire::Lines lines;
+  std::string refusal;
+  auto line = [&](std::string_view text) {
+    auto decoded = wire::decode_line<wire::LeaseReply>(text);
+    if (auto* error = std::get_if<wire::EtcdError>(&decoded)) refusal = error->message;
+    auto* reply = std::get_if<wire::LeaseReply>(&decoded);
+    auto it = reply ? waiting.find(reply->id) : waiting.end();
+    if (it == waiting.end()) return true;
+    answered(it->second, sent, reply->ttl);
+    waiting.erase(it);
+    return true;
+  };
+  auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
+  auto limit = Context::with_timeout(attempt_limit());
+  ClientState::StreamPlace place;
+  auto end = client.stream("/v3/lease/keepalive", std::move(body), sink, limit, &place,
+                           batch.size() > 1);
+  lines.finish(line);
+  if (!refusal.empty()) {
+    auto verdict = judge_error({0, refusal}, client.members->url(place.member));
+    if (verdict.next == Verdict::Next::Login) client.token_died(place.token);
+    if (verdict.member_failed) client.members->failed(place.member);
+  }
+  std::vector<LeasePtr> left;
+  for (auto& entry : waiting) left.push_back(entry.second);
+  if (left.empty() || client.open.cancelled()) return left;
+  (*client.log)(LogLevel::Warn, "leases were not renewed",
+                {{"count", std::to_string(left.size())},
+                 {"cause", end ? refusal : to_string(end.error())}});
+  return left;
+}
+
+COORDINATION_API void LeaseKeeper::answered(const LeasePtr& lease, SteadyTime sent,
+                                            std::int64_t ttl) {
+  if (ttl <= 0) return lost(lease, "etcd does not know it any more");
+  lease->renewed(sent, ttl);
+  std::lock_guard<std::mutex> lock(mutex_);
+  lease->due = sent + jittered(lease->ttl() / 3);
+}
+
+COORDINATION_API Result<void> LeaseKeeper::renew_now(const LeasePtr& lease, const Context& ctx) {
+  auto client = client_.lock();
+  if (!client) return closed_error();
+  auto sent = client->clock->now();
+  auto reply = client->call("/v3/lease/keepalive", wire::lease_body(lease->id),
+                            Safety::Idempotent, ctx);
+  if (!reply) return reply.error();
+  auto line = wire::decode_line<wire::LeaseReply>(reply->body);
+  auto* answer = std::get_if<wire::LeaseReply>(&line);
+  if (auto* error = std::get_if<wire::EtcdError>(&line)) {
+    return judge_error(*error, reply->endpoint).error;
+  }
+  if (!answer || answer->id != lease->id) return not_etcd(reply->endpoint, reply->body);
+  answered(lease, sent, answer->ttl);
+  if (answer->ttl <= 0) return lease_lost("etcd does not know it any more");
+  return {};
+}
+
+COORDINATION_API void LeaseKeeper::hurry() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& entry : leases_) entry.second->due = {};
+  }
+  schedule(steady_clock::now());
+}
+
+// Losing.
+
+COORDINATION_API void LeaseKeeper::watch_deadline(SteadyTime deadline) {
+  auto client = client_.lock();
+  if (!client) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_ || (check_at_ && *check_at_ <= deadline)) return;
+  check_at_ = deadline;
+  client->executor->timer.at(deadline, [weak = weak_from_this()] {
+    if (auto self = weak.lock()) self->check_deadlines();
+  });
+}
+
+COORDINATION_API void LeaseKeeper::check_deadlines() {
+  auto client = client_.lock();
+  if (!client) return;
+  auto now = client->clock->now();
+  std::vector<LeasePtr> over;
+  std::optional<SteadyTime> next;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    check_at_.reset();
+    for (auto& entry : leases_) {
+      auto deadline = entry.second->deadline();
+      if (deadline <= now) {
+        over.push_back(entry.second);
+      } else {
+        next = std::min(next.value_or(deadline), deadline);
+      }
+    }
+  }
+  for (auto& lease : over) lost(lease, "it was not renewed within its TTL");
+  if (next) watch_deadline(real_time(*next, *client->clock) + milliseconds(1));
+}
+
+// Ending.
+
+/// A lease that nobody has taken for as long as its TTL is not needed.
+COORDINATION_API void LeaseKeeper::retire_idle() {
+  std::vector<LeasePtr> old;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto is_old = [&](const Idle& idle) {
+      auto keep = std::max(idle.lease->ttl(), milliseconds(10000));
+      return !idle.lease->held() || idle.lease->clock->now() - idle.since > keep;
+    };
+    for (auto& idle : idle_) {
+      if (is_old(idle)) old.push_back(idle.lease);
+    }
+    idle_.erase(std::remove_if(idle_.begin(), idle_.end(), is_old), idle_.end());
+  }
+  for (auto& lease : old) drop(lease);
+}
+
+COORDINATION_API void LeaseKeeper::revoke_later(std::int64_t id, milliseconds ttl, bool granted) {
+  auto now = steady_clock::now();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    auto until = now + std::max(ttl, milliseconds(2000)) + milliseconds(1000);
+    doomed_.push_back({id, until, granted, now});
+  }
+  schedule_sweep(now);
+}
+
+COORDINATION_API void LeaseKeeper::schedule_sweep(SteadyTime when) {
+  auto client = client_.lock();
+  if (!client) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_ || (sweep_at_ && *sweep_at_ <= when)) return;
+  sweep_at_ = when;
+  std::weak_ptr<LeaseKeeper> weak = weak_from_this();
+  auto background = client->executor->background;
+  auto post = [weak, background] {
+    background->post([weak] {
+      if (auto self = weak.lock()) self->sweep();
+    });
+  };
+  if (when <= steady_clock::now()) {
+    post();
+  } else {
+    client->executor->timer.at(when, post);
+  }
+}
+
+/// Tries once for every doomed lease whose time has come; stops at the first that cannot be
+/// reached, so that the background thread is never held for long.
+COORDINATION_API void LeaseKeeper::sweep() {
+  std::vector<Doomed> now_due;
+  auto now = steady_clock::now();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    sweep_at_.reset();
+    auto later = std::partition(doomed_.begin(), doomed_.end(),
+                                [&](const Doomed& d) { return d.next > now; });
+    now_due.assign(later, doomed_.end());
+    doomed_.erase(later, doomed_.end());
+  }
+  bool reachable = true;
+  std::vector<Doomed> again;
+  for (auto& doomed : now_due) {
+    bool done = reachable && revoke(doomed.id, Context::with_timeout(milliseconds(800))).has_value();
+    reachable = reachable && done;
+    if (done && doomed.granted) continue;
+    doomed.next = steady_clock::now() + milliseconds(1000);
+    if (doomed.next < doomed.until) again.push_back(doomed);
+  }
+  std::optional<SteadyTime> next;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    doomed_.insert(doomed_.end(), again.begin(), again.end());
+    for (auto& doomed : doomed_) next = std::min(next.value_or(doomed.next), doomed.next);
+  }
+  if (next) schedule_sweep(*next);
+}
+
+COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
+  auto client = client_.lock();
+  if (!client) return;
+  auto ids = std::make_shared<std::vector<std::int64_t>>();
+  std::vector<LeasePtr> leases;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+    for (auto& entry : leases_) leases.push_back(entry.second);
+    for (auto& doomed : doomed_) ids->push_back(doomed.id);
+    idle_.clear();
+    leases_.clear();
+  }
+  for (auto& lease : leases) {
+    if (lease->release()) ids->push_back(lease->id);
+  }
+  // Over the stream threads, which have nothing else to do any more; a second is soon over.
+  auto next = std::make_shared<std::atomic<std::size_t>>(0);
+  auto gate = std::make_shared<Gate>();
+  auto running = std::make_shared<int>(static_cast<int>(kMaxStreams) - 1);
+  auto ctx = Context::with_deadline(limit);
+  auto work = [self = shared_from_this(), ids, next, gate, running, ctx] {
+    for (auto i = (*next)++; i < ids->size() && !ctx.done(); i = (*next)++) {
+      if (!self->revoke((*ids)[i], ctx)) break;
+    }
+    std::lock_guard<std::mutex> lock(gate->mutex);
+    --*running;
+    gate->changed.notify_all();
+  };
+  if (ids->empty()) return;
+  for (std::size_t i = 1; i < kMaxStreams; ++i) client->executor->streams->post(work);
+  gate->wait(ctx, [&] { return *running == 0; });
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<Lease> Client::grant(milliseconds ttl, Context ctx) {
+  if (ttl.count() <= 0) return detail::invalid("a TTL must be positive");
+  auto lease = state_->leases->grant(ttl, ctx);
+  if (!lease) return lease.error();
+  return Lease(std::move(*lease));
+}
+
+COORDINATION_API Lease& Lease::operator=(Lease&& other) noexcept {
+  Lease old(std::move(*this));
+  state_ = std::move(other.state_);
+  return *this;
+}
+
+COORDINATION_API Lease::~Lease() {
+  if (!state_) return;
+  state_->loss.close();
+  state_->client->leases->drop(state_);
+}
+
+COORDINATION_API std::int64_t Lease::id() const { return state_->id; }
+COORDINATION_API milliseconds Lease::ttl() const { return state_->ttl(); }
+COORDINATION_API bool Lease::held() const { return state_->held(); }
+
+COORDINATION_API void Lease::on_lost(std::function<void(const Error&)> handler) {
+  state_->loss.set_handler(std::move(handler));
+}
+
+namespace detail {
+/// What is left of a lease, as etcd says.
+COORDINATION_API Result<milliseconds> remaining(LeaseState& lease, const Context& ctx) {
+  auto reply = lease.client->ask<wire::LeaseReply>("/v3/lease/timetolive",
+                                                   wire::lease_body(lease.id), Safety::Read, ctx);
+  if (!reply) return reply.error();
+  if (reply->ttl < 0) return lease_lost("etcd does not know it any more");
+  return milliseconds(std::chrono::seconds(reply->ttl));
+}
+}  // namespace detail
+
+COORDINATION_API Result<milliseconds> Lease::remaining(Context ctx) {
+  return detail::remaining(*state_, ctx);
+}
+
+COORDINATION_API Result<void> Lease::keep_alive_once(Context ctx) {
+  if (!state_->held()) return detail::lease_lost("it has ended");
+  return state_->client->leases->renew_now(state_, ctx);
+}
+
+COORDINATION_API Result<void> Lease::revoke(Context ctx) {
+  state_->release();
+  auto done = state_->client->leases->revoke(state_->id, ctx);
+  if (!done) state_->client->leases->revoke_later(state_->id, state_->ttl(), true);
+  return done;
+}
+
+COORDINATION_API std::int64_t Lease::detach() {
+  state_->release();
+  state_->client->leases->forget(state_->id);
+  return state_->id;
+}
+
+// == 7. Watch ===================================================================================
+
+namespace detail {
+
+/// Where the events of one watch go. Called from stream threads, one at a time; must not block.
+class HubSink {
+ public:
+  virtual ~HubSink() = default;
+  /// All events of one revision. False: it took them and wants no more until resume().
+  virtual bool deliver(std::vector<WatchEvent> events) = 0;
+  /// Whether it wants more by now.
+  virtual bool ready() = 0;
+  /// Nothing is missing up to `revision`.
+  virtual void progress(std::int64_t revision) = 0;
+  /// The watch is over: what came before `revision` is gone.
+  virtual void compacted(std::int64_t revision) = 0;
+  /// The watch is over.
+  virtual void failed(const Error& error) = 0;
+};
+
+/// One watch, wherever it may stand.
+struct HubWatch {
+  enum class State { Waiting, Open, Parked, Over };
+
+  std::int64_t id{0};
+  WatchRequest request;
+  std::weak_ptr<HubSink> sink;
+  std::mutex delivering;
+  std::atomic<std::int64_t> next_revision{0};
+  std::atomic<bool> anchored{false};  // next_revision is what etcd has said, not a wish
+  // The hub's mutex guards these:
+  State state{State::Waiting};
+  int streams{0};                     // that carry it
+  bool logged_in_again{false};
+};
+
+using HubWatchPtr = std::shared_ptr<HubWatch>;
+
+/// One POST to /v3/watch that carries many watches.
+struct HubStream {
+  Context ctx;
+  ClientState::StreamPlace place;
+  std::unordered_map<std::int64_t, HubWatchPtr> watches;
+  std::deque<HubWatchPtr> unconfirmed;     // etcd confirms, and refuses, in the order of asking
+  std::vector<std::shared_ptr<HubStream>> victims;  // end when all is confirmed
+  bool open{false};
+  bool over{false};
+  bool suspect{false};                     // it is silent and its member does not answer
+  bool reset{false};                       // etcd's history is shorter than ours
+  std::size_t wasted{0};                   // events for watches that have left
+  std::atomic<std::int64_t> heard_ns{0};
+};
+
+using HubStreamPtr = std::shared_ptr<HubStream>;
+
+/// All watches of a Coordinator on a few streams.
+///
+/// The JSON gateway reads a request only before it answers, so a stream can gain no watch later.
+/// New watches go into a new stream, together with those of all streams that are not much larger,
+/// as in a binary counter: sizes grow by a factor from stream to stream, there are at most
+/// kMaxStreams - 1 of them, and each watch is created again O(log N) times. A stream that was
+/// merged ends when the new one has confirmed all its watches; in between both may deliver, and
+/// each watch takes what continues it.
+class WatchHub : public std::enable_shared_from_this<WatchHub> {
+ public:
+  explicit WatchHub(std::weak_ptr<ClientState> client) : client_(std::move(client)) {}
+
+  std::int64_t add(WatchRequest request, std::int64_t next_revision, bool anchored,
+                   std::weak_ptr<HubSink> sink);
+  void remove(std::int64_t id);
+  /// A parked watch goes on.
+  void resume(std::int64_t id);
+  bool connected(std::int64_t id);
+  SteadyTime last_heard();
+  void close();
+
+ private:
+  using State = HubWatch::State;
+  static constexpr milliseconds kPace{50};     // between two new streams
+  static constexpr milliseconds kLinger{150};  // etcd serves a watch that is behind every 100 ms
+  static constexpr milliseconds kSilence{5000};
+
+  void schedule(SteadyTime when);
+  void open_next();
+  std::vector<HubStreamPtr> choose_victims();
+  HubStreamPtr make_stream(std::vector<HubStreamPtr> victims);
+  void run(const HubStreamPtr& stream);
+  std::string create_body(const HubStreamPtr& stream);
+  bool on_line(const HubStreamPtr& stream, std::string_view text, Error& end);
+  void on_created(const HubStreamPtr& stream, const wire::WatchLine& line);
+  void refused(const HubStreamPtr& stream, const HubWatchPtr& watch, const std::string& reason);
+  void on_confirmed(const HubStreamPtr& stream);
+  void on_canceled(const HubStreamPtr& stream, const wire::WatchLine& line);
+  void on_events(const HubStreamPtr& stream, wire::WatchLine& line);
+  void on_end(const HubStreamPtr& stream, const Error& error);
+  void detach(const HubStreamPtr& stream);
+  void leave(const HubWatchPtr& watch, State state);
+  HubWatchPtr find(const HubStreamPtr& stream, std::int64_t id);
+  void end_watch(const HubWatchPtr& watch, const std::function<void(HubSink&)>& tell);
+  void supervise();
+  void check(const HubStreamPtr& stream);
+  void check_history(const HubStreamPtr& stream);
+
+  std::weak_ptr<ClientState> client_;
+  std::mutex mutex_;
+  std::map<std::int64_t, HubWatchPtr> watches_;
+  std::vector<HubWatchPtr> waiting_;
+  std::vector<HubStreamPtr> streams_;
+  std::int64_t last_id_{0};
+  HubStreamPtr merging_;
+  std::optional<SteadyTime> open_at_;
+  SteadyTime last_open_{};
+  SteadyTime last_heard_{};
+  Backoff backoff_{milliseconds(20), milliseconds(1000)};
+  bool supervised_{false}, closed_{false};
+};
+
+COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t next_revision,
+                                            bool anchored, std::weak_ptr<HubSink> sink) {
+  auto watch = std::make_shared<HubWatch>();
+  watch->request = std::move(request);
+  watch->sink = std::move(sink);
+  watch->next_revision = next_revision;
+  watch->anchored = anchored;
+  SteadyTime when;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return 0;
+    watch->id = ++last_id_;
+    watches_.emplace(watch->id, watch);
+    waiting_.push_back(watch);
+    when = std::max(steady_clock::now(), last_open_ + kPace);
+  }
+  schedule(when);
+  return watch->id;
+}
+
+COORDINATION_API void WatchHub::remove(std::int64_t id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto it = watches_.find(id);
+  if (it != watches_.end()) leave(it->second, State::Over);
+}
+
+COORDINATION_API void WatchHub::resume(std::int64_t id) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = watches_.find(id);
+    if (it == watches_.end() || it->second->state != State::Parked) return;
+    it->second->state = State::Waiting;
+    waiting_.push_back(it->second);
+  }
+  schedule(steady_clock::now());
+}
+
+COORDINATION_API bool WatchHub::connected(std::int64_t id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::any_of(streams_.begin(), streams_.end(), [&](const HubStreamPtr& stream) {
+    return stream->open && !stream->suspect && stream->watches.count(id) > 0;
+  });
+}
+
+COORDINATION_API SteadyTime WatchHub::last_heard() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto last = last_heard_;
+  for (auto& stream : streams_) {
+    last = std::max(last, SteadyTime(std::chrono::nanoseconds(stream->heard_ns.load())));
+  }
+  return last;
+}
+
+COORDINATION_API void WatchHub::close() {
+  std::vector<HubWatchPtr> watches;
+  std::vector<HubStreamPtr> streams;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+    for (auto& entry : watches_) watches.push_back(entry.second);
+    watches_.clear();
+    waiting_.clear();
+    streams.swap(streams_);
+    for (auto& stream : streams) stream->over = true;
+    for (auto& watch : watches) watch->state = State::Over;
+    merging_.reset();
+  }
+  for (auto& stream : streams) stream->ctx.cancel();
+  for (auto& watch : watches) {
+    if (auto sink = watch->sink.lock()) sink->failed(closed_error());
+  }
+}
+
+// Opening streams.
+
+COORDINATION_API void WatchHub::schedule(SteadyTime when) {
+  auto client = client_.lock();
+  if (!client) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_ || (open_at_ && *open_at_ <= when)) return;
+  open_at_ = when;
+  client->executor->timer.at(when, [weak = weak_from_this()] {
+    if (auto self = weak.lock()) self->open_next();
+  });
+}
+
+COORDINATION_API void WatchHub::open_next() {
+  auto client = client_.lock();
+  if (!client) return;
+  HubStreamPtr stream;
+  bool supervise_now = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    open_at_.reset();
+    if (closed_ || streams_.size() >= kMaxStreams) return;  // comes again when one has ended
+    auto steady = streams_.size() - (merging_ ? merging_->victims.size() : 0);
+    if (merging_ && steady + 1 > kMaxStreams - 1) return;
+    auto victims = merging_ ? std::vector<HubStreamPtr>() : choose_victims();
+    if (waiting_.empty() && victims.empty()) return;
+    stream = make_stream(std::move(victims));
+    last_open_ = steady_clock::now();
+    supervise_now = !supervised_;
+    supervised_ = true;
+  }
+  if (supervise_now) supervise();
+  client->executor->streams->post([weak = weak_from_this(), stream] {
+    if (auto self = weak.lock()) self->run(stream);
+  });
+}
+
+/// The streams that the next one swallows: every one that is less than `factor` times as large as
+/// what it would join. The factor is 2 until N watches would need more streams than are allowed.
+COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
+  std::vector<HubStreamPtr> candidates, victims;
+  for (auto& stream : streams_) {
+    bool wasteful = stream->wasted > 1000 + 4 * stream->watches.size();
+    if (stream->open && wasteful) {
+      victims.push_back(stream);
+    } else if (stream->open) {
+      candidates.push_back(stream);
+    }
+  }
+  if (waiting_.empty()) return victims;
+  std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
+    return a->watches.size() < b->watches.size();
+  });
+  auto steady = static_cast<double>(kMaxStreams - 1);
+  double factor = std::max(2.0, std::pow(static_cast<double>(watches_.size()), 1 / steady));
+  auto size = static_cast<double>(waiting_.size());
+  for (auto& stream : candidates) {
+    bool must = streams_.size() - victims.size() + 1 > kMaxStreams - 1;
+    auto theirs = static_cast<double>(stream->watches.size());
+    if (!must && theirs >= factor * size) break;
+    size += theirs;
+    victims.push_back(stream);
+  }
+  return victims;
+}
+
+COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> victims) {
+  auto stream = std::make_shared<HubStream>();
+  auto join = [&](const HubWatchPtr& watch) {
+    if (!stream->watches.emplace(watch->id, watch).second) return;
+    stream->unconfirmed.push_back(watch);
+    ++watch->streams;
+    watch->state = State::Open;
+  };
+  for (auto& watch : waiting_) {
+    if (watch->state == State::Waiting) join(watch);
+  }
+  waiting_.clear();
+  for (auto& victim : victims) {
+    for (auto& entry : victim->watches) join(entry.second);
+  }
+  if (!victims.empty()) merging_ = stream;
+  stream->victims = std::move(victims);
+  stream->heard_ns = steady_clock::now().time_since_epoch().count();
+  streams_.push_back(stream);
+  return stream;
+}
+
+COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::string body;
+  for (auto& watch : stream->unconfirmed) {
+    body += wire::watch_body(watch->request, watch->id, watch->next_revision) + "\n";
+  }
+  return body;
+}
+
+COORDINATION_API void WatchHub::run(const HubStreamPtr& stream) {
+  auto client = client_.lock();
+  if (!client) return;
+  auto end = make_error(ErrorCode::Unavailable, "the stream has ended");
+  wire::Lines lines;
+  auto line = [&](std::string_view text) { return on_line(stream, text, end); };
+  auto sink = [&](std::string_view piece) {
+    stream->heard_ns = steady_clock::now().time_since_epoch().count();
+    return lines.feed(piece, line);
+  };
+  auto done = client->stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
+  if (!done) end = done.error();
+  lines.finish(line);
+  on_end(stream, end);
+}
+
+// Reading streams.
+
+/// False: the stream is of no more use.
+COORDINATION_API bool WatchHub::on_line(const HubStreamPtr& stream, std::string_view text,
+                                        Error& end) {
+  auto client = client_.lock();
+  if (!client) return false;
+  auto decoded = wire::decode_line<wire::WatchLine>(text);
+  if (auto* error = std::get_if<wire::EtcdError>(&decoded)) {
+    auto& endpoint = client->members->url(stream->place.member);
+    auto verdict = judge_error(*error, endpoint);
+    end = verdict.error;
+    if (verdict.next == Verdict::Next::Login) client->token_died(stream->place.token);
+    if (verdict.member_failed) client->members->failed(stream->place.member);
+    return false;
+  }
+  auto* line = std::get_if<wire::WatchLine>(&decoded);
+  if (!line) {
+    end = not_etcd(client->members->url(stream->place.member), text);
+    return false;  // half a line, or no etcd
+  }
+  if (line->created) {
+    on_created(stream, *line);
+  } else if (line->canceled) {
+    on_canceled(stream, *line);
+  } else {
+    on_events(stream, *line);
+  }
+  return true;
+}
+
+COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
+                                           const wire::WatchLine& line) {
+  HubWatchPtr watch;
+  bool all = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stream->unconfirmed.empty()) return;
+    watch = std::move(stream->unconfirmed.front());
+    stream->unconfirmed.pop_front();
+    all = stream->unconfirmed.empty();
+    bool behind = watch->anchored && line.revision > 0 && line.revision + 1 < watch->next_revision;
+    stream->reset = stream->reset || behind;
+    if (!line.canceled) watch->logged_in_again = false;
+  }
+  if (line.canceled) refused(stream, watch, line.cancel_reason);
+  if (all) on_confirmed(stream);
+}
+
+COORDINATION_API void WatchHub::refused(const HubStreamPtr& stream, const HubWatchPtr& watch,
+                                        const std::string& reason) {
+  auto client = client_.lock();
+  if (!client) return;
+  auto verdict = judge_error({3, reason}, client->members->url(stream->place.member));
+  if (verdict.error.code == ErrorCode::Compacted) {
+    return end_watch(watch, [](HubSink& sink) { sink.compacted(0); });
+  }
+  bool login = verdict.next == Verdict::Next::Login && !client->options.username.empty();
+  if (login) client->token_died(stream->place.token);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (watch->state == State::Over) return;
+    if (login && !watch->logged_in_again) {
+      leave(watch, State::Waiting);
+      watch->logged_in_again = true;
+      waiting_.push_back(watch);
+    } else {
+      login = false;
+    }
+  }
+  if (login) return schedule(steady_clock::now());
+  end_watch(watch, [&](HubSink& sink) { sink.failed(verdict.error); });
+}
+
+COORDINATION_API void WatchHub::on_confirmed(const HubStreamPtr& stream) {
+  auto client = client_.lock();
+  if (!client) return;
+  bool reset = false;
+  bool waits = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stream->over) return;
+    stream->open = true;
+    backoff_.reset();
+    reset = stream->reset;
+    waits = !waiting_.empty();
+  }
+  if (reset) {
+    client->executor->background->post([weak = weak_from_this(), stream] {
+      if (auto self = weak.lock()) self->check_history(stream);
+    });
+  }
+  // Until then etcd may serve the new stream late.
+  client->executor->timer.after(kLinger, [weak = weak_from_this(), stream] {
+    auto self = weak.lock();
+    if (!self) return;
+    {
+      std::lock_guard<std::mutex> lock(self->mutex_);
+      if (!stream->over) {
+        for (auto& victim : stream->victims) self->detach(victim);
+      }
+      stream->victims.clear();
+      if (self->merging_ == stream) self->merging_.reset();
+    }
+    self->schedule(steady_clock::now());
+  });
+  if (waits) schedule(steady_clock::now() + kPace);
+}
+
+COORDINATION_API void WatchHub::on_canceled(const HubStreamPtr& stream,
+                                            const wire::WatchLine& line) {
+  auto watch = find(stream, line.id);
+  if (!watch) return;
+  if (line.compact_revision != 0) {
+    return end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
+  }
+  refused(stream, watch, line.cancel_reason);
+}
+
+COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
+  auto watch = find(stream, line.id);
+  if (!watch) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stream->wasted += line.events.size();
+    return;
+  }
+  auto sink = watch->sink.lock();
+  if (!sink) return;
+  bool wants_more = true;
+  {
+    std::lock_guard<std::mutex> lock(watch->delivering);
+    auto& events = line.events;
+    if (events.empty() && line.revision >= watch->next_revision) {
+      watch->next_revision = line.revision + 1;
+      watch->anchored = true;
+      sink->progress(line.revision);
+    }
+    for (auto it = events.begin(); it != events.end() && wants_more;) {
+      auto revision = it->revision;
+      auto last = std::find_if(it, events.end(),
+                               [&](const WatchEvent& e) { return e.revision != revision; });
+      if (revision >= watch->next_revision) {
+        wants_more = sink->deliver({std::make_move_iterator(it), std::make_move_iterator(last)});
+        watch->next_revision = revision + 1;
+        watch->anchored = true;
+      }
+      it = last;
+    }
+  }
+  if (wants_more) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (watch->state != State::Open && watch->state != State::Waiting) return;
+    leave(watch, State::Parked);
+  }
+  if (sink->ready()) resume(watch->id);  // it was emptied in between
+}
+
+COORDINATION_API HubWatchPtr WatchHub::find(const HubStreamPtr& stream, std::int64_t id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto it = stream->watches.find(id);
+  return it == stream->watches.end() ? nullptr : it->second;
+}
+
+COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& error) {
+  auto client = client_.lock();
+  if (!client) return;
+  auto when = steady_clock::now();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    if (!stream->over) {
+      when += backoff_.next();
+      detach(stream);
+    } else {
+      when = std::max(when, last_open_ + kPace);
+      if (waiting_.empty()) return;
+    }
+  }
+  if (!stream->ctx.cancelled()) {
+    (*client->log)(LogLevel::Info, "a watch stream has ended",
+                   {{"endpoint", client->members->url(stream->place.member)},
+                    {"cause", to_string(error)}});
+    client->leases->hurry();  // if it was etcd that went away, the leases may have gone, too
+  }
+  schedule(when);
+}
+
+/// Takes the stream out; watches that no other carries wait for the next. Under the mutex.
+COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
+  if (stream->over) return;
+  stream->over = true;
+  for (auto& entry : stream->watches) {
+    auto& watch = entry.second;
+    if (--watch->streams > 0 || watch->state != State::Open) continue;
+    watch->state = State::Waiting;
+    waiting_.push_back(watch);
+  }
+  stream->watches.clear();
+  last_heard_ = std::max(last_heard_,
+                         SteadyTime(std::chrono::nanoseconds(stream->heard_ns.load())));
+  streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
+  if (merging_ == stream) merging_.reset();
+  stream->victims.clear();
+  auto ctx = stream->ctx;
+  if (auto client = client_.lock()) client->executor->timer.after(milliseconds(0), [ctx] { ctx.cancel(); });
+}
+
+/// The watch leaves all streams; a stream that has none left ends. Under the mutex.
+COORDINATION_API void WatchHub::leave(const HubWatchPtr& watch, State state) {
+  watch->state = state;
+  watch->streams = 0;
+  auto streams = streams_;
+  for (auto& stream : streams) {
+    if (stream->watches.erase(watch->id) > 0 && stream->watches.empty()) detach(stream);
+  }
+  waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), watch), waiting_.end());
+  if (state == State::Over) watches_.erase(watch->id);
+}
+
+COORDINATION_API void WatchHub::end_watch(const HubWatchPtr& watch,
+                                          const std::function<void(HubSink&)>& tell) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (watch->state == State::Over) return;
+    leave(watch, State::Over);
+  }
+  if (auto sink = watch->sink.lock()) tell(*sink);
+}
+
+// Looking after streams.
+
+/// A stream may be silent because nothing happens or because its member is frozen or cut off: then
+/// a request to the same member tells.
+COORDINATION_API void WatchHub::supervise() {
+  auto client = client_.lock();
+  if (!client) return;
+  std::vector<HubStreamPtr> silent;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    auto now = steady_clock::now();
+    for (auto& stream : streams_) {
+      auto heard = SteadyTime(std::chrono::nanoseconds(stream->heard_ns.load()));
+      if (now - heard >= kSilence) silent.push_back(stream);
+    }
+  }
+  for (auto& stream : silent) {
+    client->executor->background->post([weak = weak_from_this(), stream] {
+      if (auto self = weak.lock()) self->check(stream);
+    });
+  }
+  client->executor->timer.after(kSilence / 2, [weak = weak_from_this()] {
+    if (auto self = weak.lock()) self->supervise();
+  });
+}
+
+COORDINATION_API void WatchHub::check(const HubStreamPtr& stream) {
+  auto client = client_.lock();
+  if (!client || stream->ctx.cancelled()) return;
+  bool serves = client->probe(stream->place.member, milliseconds(1000));
+  bool give_up = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stream->over) return;
+    give_up = !serves && stream->suspect;
+    stream->suspect = !serves;
+    if (serves) stream->heard_ns = steady_clock::now().time_since_epoch().count();
+  }
+  if (give_up) stream->ctx.cancel();
+}
+
+/// etcd has said a revision that is older than what we have seen: a member that is behind, or a
+/// store that was wiped or restored. A linearizable read tells; in the second case all watches
+/// that wait for what will not come begin anew.
+COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
+  auto client = client_.lock();
+  if (!client) return;
+  std::vector<HubWatchPtr> watches;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& entry : stream->watches) watches.push_back(entry.second);
+  }
+  if (watches.empty()) return;
+  RangeRequest range;
+  range.key = watches.front()->request.key;
+  range.range_end = watches.front()->request.range_end;
+  range.limit = 1;
+  range.keys_only = true;
+  auto now = client->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read,
+                                        Context::with_timeout(milliseconds(1000)));
+  if (!now) return stream->ctx.cancel();  // it will be looked at again on the next stream
+  for (auto& watch : watches) {
+    if (!watch->anchored || watch->next_revision <= now->revision + 1) continue;
+    end_watch(watch, [&](HubSink& sink) { sink.compacted(now->revision + 1); });
+  }
+}
+
+// What stands on the hub.
+
+/// Takes the events of a RangeFeed.
+class EventPort {
+ public:
+  virtual ~EventPort() = default;
+  /// False: full.
+  virtual bool push(WatchEvent event) = 0;
+  virtual bool ready() = 0;
+  virtual void failed(const Error& error) = 0;
+};
+
+/// The watch of one range: raw, or live. A live one knows what is there, so that it can add the
+/// last record to a Delete and deliver the difference after a compaction.
+class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed> {
+ public:
+  enum class Mode { Raw, Live, LiveWithValues };
+  using Known = std::map<std::string, KeyValue>;
+
+  RangeFeed(std::shared_ptr<ClientState> client, WatchRequest request, Mode mode)
+      : client_(std::move(client)), request_(std::move(request)), mode_(mode) {}
+
+  Result<void> start(const std::shared_ptr<EventPort>& port, bool include_existing,
+                     const Context& ctx);
+  void resume() { client_->watches->resume(hub_id()); }
+  void stop() {
+    stopped_ = true;
+    client_->watches->remove(hub_id());
+  }
+
+  template <class Fn>
+  auto look(Fn&& fn) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return fn(known_, revision_);
+  }
+  bool connected() const { return client_->watches->connected(hub_id()); }
+  milliseconds age() const {
+    if (connected()) return milliseconds(0);
+    auto heard = std::max(client_->watches->last_heard(), read_at_.load());
+    return std::chrono::duration_cast<milliseconds>(steady_clock::now() - heard);
+  }
+  const std::shared_ptr<ClientState>& client() const { return client_; }
+
+  bool deliver(std::vector<WatchEvent> events) override {
+    auto port = port_.lock();
+    if (!port || stopped_) return false;
+    std::lock_guard<std::mutex> lock(mutex_);
+    revision_ = std::max(revision_, events.front().revision);
+    bool more = true;
+    for (auto& event : events) {
+      if (mode_ != Mode::Raw && !learn(event)) continue;
+      more = port->push(std::move(event)) && more;
+    }
+    return more;
+  }
+  bool ready() override {
+    auto port = port_.lock();
+    return port && !stopped_ && port->ready();
+  }
+  void progress(std::int64_t revision) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    revision_ = std::max(revision_, revision);
+  }
+  void compacted(std::int64_t revision) override { on_compacted(revision); }
+  void failed(const Error& error) override {
+    if (auto port = port_.lock()) port->failed(error);
+  }
+
+ private:
+  struct Snapshot {
+    std::vector<KeyValue> kvs;
+    std::int64_t revision{0};
+  };
+
+  std::int64_t hub_id() const { return hub_id_; }
+  Result<Snapshot> read(const Context& ctx) const;
+  void join_hub(std::int64_t next_revision);
+  bool learn(WatchEvent& event);
+  void keep(const KeyValue& kv);
+  void on_compacted(std::int64_t revision);
+  void resync_later(milliseconds delay);
+  void resync();
+  void apply(Snapshot snapshot);
+
+  const std::shared_ptr<ClientState> client_;
+  const WatchRequest request_;
+  const Mode mode_;
+  std::weak_ptr<EventPort> port_;
+  std::atomic<std::int64_t> hub_id_{0};
+  std::atomic<bool> stopped_{false};
+  std::atomic<SteadyTime> read_at_{SteadyTime{}};
+  mutable std::mutex mutex_;
+  Known known_;
+  std::int64_t revision_{0};
+  Backoff backoff_{milliseconds(100), milliseconds(2000)};
+};
+
+inline constexpr std::int64_t kPage = 1000;  // keys in one answer
+
+/// A range at one revision, in pages.
+COORDINATION_API Result<std::pair<std::vector<KeyValue>, std::int64_t>> read_range(
+    ClientState& client, RangeRequest request, const Context& ctx) {
+  std::vector<KeyValue> kvs;
+  request.limit = kPage;
+  if (request.range_end.empty()) request.limit = 0;
+  while (true) {
+    auto page = client.ask<RangeResponse>("/v3/kv/range", wire::body(request), Safety::Read, ctx);
+    if (!page) return page.error();
+    for (auto& kv : page->kvs) kvs.push_back(std::move(kv));
+    if (request.revision == 0) request.revision = page->revision;
+    if (!page->more || kvs.empty()) return std::make_pair(std::move(kvs), request.revision);
+    request.key = kvs.back().key + '\0';
+  }
+}
+
+COORDINATION_API Result<RangeFeed::Snapshot> RangeFeed::read(const Context& ctx) const {
+  RangeRequest range;
+  range.key = request_.key;
+  range.range_end = request_.range_end;
+  auto all = read_range(*client_, std::move(range), ctx);
+  if (!all) return all.error();
+  return Snapshot{std::move(all->first), all->second};
+}
+
+COORDINATION_API void RangeFeed::join_hub(std::int64_t next_revision) {
+  bool anchored = mode_ != Mode::Raw || request_.start_revision == 0;
+  hub_id_ = client_->watches->add(request_, next_revision, anchored, weak_from_this());
+  if (stopped_) stop();
+  if (hub_id_ == 0) failed(closed_error());
+}
+
+/// To begin "now" is to begin after the revision of a read: a start that stays right however often
+/// the first connection has to be tried. It also tells at once who may not read.
+COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>& port,
+                                               bool include_existing, const Context& ctx) {
+  if (client_->closing) return closed_error();
+  port_ = port;
+  if (mode_ != Mode::Raw) {
+    auto snapshot = read(ctx);
+    if (!snapshot) return snapshot.error();
+    auto revision = snapshot->revision;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      std::sort(snapshot->kvs.begin(), snapshot->kvs.end(), [](const auto& a, const auto& b) {
+        return a.create_revision < b.create_revision;
+      });
+      for (auto& kv : snapshot->kvs) {
+        keep(kv);
+        if (!include_existing) continue;
+        WatchEvent event;
+        event.revision = kv.mod_revision;
+        event.kv = std::move(kv);
+        port->push(std::move(event));
+      }
+      revision_ = revision;
+    }
+    read_at_ = steady_clock::now();
+    join_hub(revision + 1);
+    return {};
+  }
+  auto next = request_.start_revision;
+  if (next == 0) {
+    RangeRequest range;
+    range.key = request_.key;
+    range.range_end = request_.range_end;
+    range.limit = 1;
+    range.keys_only = true;
+    auto now = client_->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read, ctx);
+    if (!now) return now.error();
+    next = now->revision + 1;
+  }
+  join_hub(next);
+  return {};
+}
+
+COORDINATION_API void RangeFeed::keep(const KeyValue& kv) {
+  KeyValue& known = known_[kv.key];
+  known = kv;
+  if (mode_ != Mode::LiveWithValues) std::string().swap(known.value);
+}
+
+/// False: it is known already, or never was.
+COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
+  auto it = known_.find(event.kv.key);
+  if (event.type == EventType::Put) {
+    if (it != known_.end() && it->second.mod_revision >= event.revision) return false;
+    keep(event.kv);
+    return true;
+  }
+  if (it == known_.end()) return false;
+  event.prev_kv = std::move(it->second);
+  known_.erase(it);
+  return true;
+}
+
+COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
+  if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
+  auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
+                          "etcd has discarded the history before revision " +
+                              std::to_string(revision));
+  error.revision = revision;
+  failed(error);
+}
+
+COORDINATION_API void RangeFeed::resync_later(milliseconds delay) {
+  if (stopped_) return;
+  auto background = client_->executor->background;
+  client_->executor->timer.after(delay, [weak = weak_from_this(), background] {
+    background->post([weak] {
+      if (auto self = weak.lock()) self->resync();
+    });
+  });
+}
+
+COORDINATION_API void RangeFeed::resync() {
+  if (stopped_ || client_->closing) return;
+  auto snapshot = read(Context::with_timeout(milliseconds(1000)));
+  if (snapshot) {
+    backoff_.reset();
+    auto revision = snapshot->revision;
+    apply(std::move(*snapshot));
+    return join_hub(revision + 1);
+  }
+  if (snapshot.error().code == ErrorCode::PermissionDenied) return failed(snapshot.error());
+  (*client_->log)(LogLevel::Warn, "cannot read again after a compaction",
+                  {{"key", request_.key}, {"cause", to_string(snapshot.error())}});
+  resync_later(backoff_.next());
+}
+
+/// Delivers the difference between what is known and `snapshot`: what was changed, in order, then
+/// what is gone.
+COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
+  auto port = port_.lock();
+  if (!port) return;
+  std::vector<WatchEvent> events;
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::set<std::string> present;
+  for (auto& kv : snapshot.kvs) {
+    present.insert(kv.key);
+    auto it = known_.find(kv.key);
+    if (it != known_.end() && it->second.mod_revision == kv.mod_revision &&
+        it->second.create_revision == kv.create_revision) {
+      continue;
+    }
+    keep(kv);
+    WatchEvent event;
+    event.revision = kv.mod_revision;
+    event.kv = std::move(kv);
+    events.push_back(std::move(event));
+  }
+  std::stable_sort(events.begin(), events.end(), [](const WatchEvent& a, const WatchEvent& b) {
+    return a.revision < b.revision;
+  });
+  for (auto it = known_.begin(); it != known_.end();) {
+    if (present.count(it->first) > 0) {
+      ++it;
+      continue;
+    }
+    WatchEvent event;
+    event.type = EventType::Delete;
+    event.revision = event.kv.mod_revision = snapshot.revision;
+    event.kv.key = it->first;
+    event.prev_kv = std::move(it->second);
+    events.push_back(std::move(event));
+    it = known_.erase(it);
+  }
+  revision_ = snapshot.revision;
+  read_at_ = steady_clock::now();
+  for (auto& event : events) port->push(std::move(event));
+}
+
+/// A bounded queue of events, read by next() or by a handler.
+class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
+ public:
+  using Handler = std::function<void(WatchEvent)>;
+
+  Mailbox(std::shared_ptr<RangeFeed> feed, std::size_t capacity)
+      : feed_(std::move(feed)), capacity_(std::max<std::size_t>(capacity, 1)) {}
+
+  /// Before the feed starts.
+  void set_handler(Handler handler) {
+    auto& client = *feed_->client();
+    strand_ = std::make_shared<Strand>(client.executor->callbacks, client.log);
+    handler_ = std::move(handler);
+  }
+
+  Result<void> start(bool include_existing, const Context& ctx) {
+    return feed_->start(shared_from_this(), include_existing, ctx);
+  }
+
+  bool push(WatchEvent event) override {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    if (end_) return false;
+    events_.push_back(std::move(event));
+    gate_.changed.notify_one();
+    if (strand_) strand_->post([self = shared_from_this()] { self->handle_one(); });
+    if (events_.size() >= capacity_) full_ = true;
+    return !full_;
+  }
+
+  bool ready() override {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    return !full_ && !end_;
+  }
+
+  void failed(const Error& error) override {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    if (end_) return;
+    end_ = error;
+    gate_.changed.notify_all();
+    if (!strand_ || error.code == ErrorCode::Cancelled) return;
+    (*feed_->client()->log)(LogLevel::Error, "a watch has ended", {{"cause", to_string(error)}});
+  }
+
+  Result<WatchEvent> next(const Context& ctx) {
+    bool ready = gate_.wait(ctx, [&] { return !events_.empty() || end_; });
+    auto event = take();
+    if (event) return std::move(*event);
+    if (!ready) return context_error(ctx, "there was no event");
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    return *end_;
+  }
+
+  void cancel() {
+    {
+      std::lock_guard<std::mutex> lock(gate_.mutex);
+      end_ = make_error(ErrorCode::Cancelled, "the watch was cancelled");
+      events_.clear();
+      gate_.changed.notify_all();
+    }
+    feed_->stop();
+    if (strand_) strand_->close();
+  }
+
+ private:
+  std::optional<WatchEvent> take() {
+    std::optional<WatchEvent> event;
+    bool resume = false;
+    {
+      std::lock_guard<std::mutex> lock(gate_.mutex);
+      if (events_.empty()) return event;
+      event = std::move(events_.front());
+      events_.pop_front();
+      resume = full_ && events_.size() <= capacity_ / 2;
+      if (resume) full_ = false;
+    }
+    if (resume) feed_->resume();
+    return event;
+  }
+
+  void handle_one() {
+    auto event = take();
+    if (event) handler_(std::move(*event));
+  }
+
+  const std::shared_ptr<RangeFeed> feed_;
+  const std::size_t capacity_;
+  Gate gate_;
+  std::list<WatchEvent> events_;
+  std::optional<Error> end_;
+  bool full_{false};
+  std::shared_ptr<Strand> strand_;
+  Handler handler_;
+};
+
+/// A Mailbox whose events are read as `Event`; those that cannot be are skipped.
+template <class Event>
+class MailboxSource : public EventSource<Event> {
+ public:
+  using Decode = std::function<std::optional<Event>(WatchEvent)>;
+  MailboxSource(std::shared_ptr<Mailbox> mailbox, Decode decode)
+      : mailbox_(std::move(mailbox)), decode_(std::move(decode)) {}
+
+  Result<Event> next(const Context& ctx) override {
+    while (true) {
+      auto event = mailbox_->next(ctx);
+      if (!event) return event.error();
+      auto decoded = decode_(std::move(*event));
+      if (decoded) return std::move(*decoded);
+    }
+  }
+  void cancel() override { mailbox_->cancel(); }
+
+ private:
+  std::shared_ptr<Mailbox> mailbox_;
+  Decode decode_;
+};
+
+class MailboxSubscription : public SubscriptionState {
+ public:
+  explicit MailboxSubscription(std::shared_ptr<Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
+  void cancel() override { mailbox_->cancel(); }
+
+ private:
+  std::shared_ptr<Mailbox> mailbox_;
+};
+
+/// How a watch is to be made; every watch function is one of the two below with one of these.
+template <class Event>
+struct WatchPlan {
+  std::shared_ptr<ClientState> client;
+  WatchRequest request;
+  RangeFeed::Mode mode{RangeFeed::Mode::Raw};
+  bool include_existing{false};
+  std::function<std::optional<Event>(WatchEvent)> decode;
+
+  std::shared_ptr<Mailbox> mailbox() const {
+    auto feed = std::make_shared<RangeFeed>(client, request, mode);
+    return std::make_shared<Mailbox>(std::move(feed), request.queue_size);
+  }
+};
+
+template <class Event>
+Result<Watch<Event>> open_watch(const WatchPlan<Event>& plan, const Context& ctx) {
+  auto mailbox = plan.mailbox();
+  auto started = mailbox->start(plan.include_existing, ctx);
+  if (!started) return started.error();
+  return Watch<Event>(std::make_shared<MailboxSource<Event>>(std::move(mailbox), plan.decode));
+}
+
+template <class Event>
+Result<Subscription> subscribe(const WatchPlan<Event>& plan,
+                               std::function<void(const Event&)> handler, const Context& ctx) {
+  if (!handler) return invalid("a handler is empty");
+  auto mailbox = plan.mailbox();
+  mailbox->set_handler([decode = plan.decode, handler = std::move(handler)](WatchEvent event) {
+    auto decoded = decode(std::move(event));
+    if (decoded) handler(*decoded);
+  });
+  auto started = mailbox->start(plan.include_existing, ctx);
+  if (!started) return mailbox->cancel(), started.error();
+  return Subscription(std::make_shared<MailboxSubscription>(std::move(mailbox)));
+}
+
+/// A live range without a queue: what is there now, and a handler that hears of changes.
+struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
+  ViewCore(std::shared_ptr<ClientState> client, WatchRequest request)
+      : feed(std::make_shared<RangeFeed>(client, std::move(request),
+                                         RangeFeed::Mode::LiveWithValues)),
+        strand(std::make_shared<Strand>(client->executor->callbacks, client->log)) {}
+
+  bool push(WatchEvent) override {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!handler || told) return true;
+    told = true;
+    strand->post([weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->tell();
+    });
+    return true;
+  }
+  bool ready() override { return true; }
+  void failed(const Error& error) override {
+    if (error.code == ErrorCode::Cancelled) return;
+    (*feed->client()->log)(LogLevel::Error, "a view has ended", {{"cause", to_string(error)}});
+  }
+  void tell() {
+    std::unique_lock<std::mutex> lock(mutex);
+    told = false;
+    auto call = handler;
+    lock.unlock();
+    if (call) call();
+  }
+  void set_handler(std::function<void()> fn) {
+    std::lock_guard<std::mutex> lock(mutex);
+    handler = std::move(fn);
+  }
+  void close() {
+    feed->stop();
+    strand->close();
+    set_handler(nullptr);
+  }
+
+  std::shared_ptr<RangeFeed> feed;
+  std::shared_ptr<Strand> strand;
+  std::mutex mutex;
+  std::function<void()> handler;
+  bool told{false};  // that something has changed
+  std::string prefix{};                  // of the keys, taken off before they are shown
+  std::function<bool(const std::string&)> shows{};
+  std::atomic<std::uint64_t> turn{0};    // of the round robin
+  std::int64_t decoded_revision{-1};     // of `decoded`; the mutex guards both
+  std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
+};
+
+COORDINATION_API WatchPlan<WatchEvent> raw_plan(std::shared_ptr<ClientState> client,
+                                                WatchRequest request) {
+  WatchPlan<WatchEvent> plan;
+  plan.client = std::move(client);
+  plan.request = std::move(request);
+  plan.decode = [](WatchEvent event) { return std::optional<WatchEvent>(std::move(event)); };
+  return plan;
+}
+
+COORDINATION_API Result<void> validate_watch(const WatchRequest& request) {
+  if (request.key.empty() && request.range_end.empty()) return empty_key();
+  if (request.start_revision < 0) return invalid("a start revision is negative");
+  if (request.no_put && request.no_delete) return invalid("a watch filters out all events");
+  return {};
+}
+
+}  // namespace detail
+
+COORDINATION_API const char* to_string(EventType type) {
+  return type == EventType::Put ? "PUT" : "DELETE";
+}
+
+COORDINATION_API Result<Watch<WatchEvent>> Client::watch(WatchRequest request, Context ctx) {
+  auto valid = detail::validate_watch(request);
+  if (!valid) return valid.error();
+  return detail::open_watch(detail::raw_plan(state_, std::move(request)), ctx);
+}
+
+COORDINATION_API Result<Watch<WatchEvent>> Client::watch(std::string key, Context ctx) {
+  WatchRequest request;
+  request.key = std::move(key);
+  return watch(std::move(request), std::move(ctx));
+}
+
+COORDINATION_API Result<Subscription> Client::watch(
+    WatchRequest request, std::function<void(const WatchEvent&)> handler, Context ctx) {
+  auto valid = detail::validate_watch(request);
+  if (!valid) return valid.error();
+  return detail::subscribe(detail::raw_plan(state_, std::move(request)), std::move(handler), ctx);
+}
+
+// == 8. Lock ====================================================================================
+
+namespace detail {
+
+struct RegistryState;
+
+/// What a Coordinator's handles share.
+struct CoordinatorState {
+  std::shared_ptr<ClientState> client;
+  std::shared_ptr<RegistryState> registry;  // of section 10
+
+  std::string path(const char* service, const std::string& key) const {
+    return client->options.key_prefix + service + key;
+  }
+};
+
+/// A key is segments joined by '/': none empty, none that a path would resolve.
+COORDINATION_API Result<void> validate_key(const std::string& key, const char* what) {
+  std::size_t begin = 0;
+  while (true) {
+    auto end = std::min(key.find('/', begin), key.size());
+    auto segment = std::string_view(key).substr(begin, end - begin);
+    if (segment.empty()) {
+      return invalid(std::string("the ") + what + " \"" + key + "\" has an empty segment");
+    }
+    if (segment == "." || segment == "..") {
+      return invalid(std::string("the ") + what + " \"" + key + "\" has a relative segment");
+    }
+    if (end == key.size()) return {};
+    begin = end + 1;
+  }
+}
+
+COORDINATION_API Result<void> validate_ttl(milliseconds ttl) {
+  if (ttl.count() <= 0) return invalid("a TTL must be positive");
+  if (ttl > std::chrono::hours(24 * 365 * 100)) return invalid("a TTL is over 100 years");
+  return {};
+}
+
+COORDINATION_API std::string lease_hex(std::int64_t lease) {
+  std::array<char, 17> text{};
+  std::snprintf(text.data(), text.size(), "%llx", static_cast<unsigned long long>(lease));
+  return text.data();
+}
+
+/// A key that is ours as long as its lease lives and nobody deletes it: a lock, an office, a
+/// registration. Reports its loss once.
+struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
+  enum class Phase { Held, Lost, Released };
+
+  OwnedKey(std::shared_ptr<ClientState> c, std::string k, std::int64_t t, LeasePtr l)
+      : client(std::move(c)), key(std::move(k)), token(t), lease(std::move(l)),
+        loss(std::make_shared<Strand>(client->executor->callbacks, client->log)) {
+    ours = Compare::create_revision(key, Compare::Is::Equal, token);
+  }
+
+  const std::shared_ptr<ClientState> client;
+  const std::string key;
+  const std::int64_t token;  // create revision; of a registration: the revision of its put
+  Compare ours;              // true in a Txn while the key is ours
+  std::mutex mutex;
+  LeasePtr lease;            // the mutex guards it
+  LeasePtr spare;            // one to which the key may have gone, too; the mutex guards it
+  std::atomic<Phase> phase{Phase::Held};
+  std::atomic<std::int64_t> hub_id{0};
+  LossSignal loss;
+  bool others_may_put{false};                   // a put by somebody else takes the key away
+  std::function<void(const Error&)> on_loss{};  // the library's own
+
+  /// A key that is soon given back is not worth a watch.
+  static constexpr milliseconds kWatchAfter{250};
+
+  LeasePtr present_lease() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return lease;
+  }
+  bool held() { return phase == Phase::Held && present_lease()->held(); }
+
+  /// Follows the lease, and after a while the key.
+  void begin() {
+    attach(present_lease());
+    client->executor->timer.after(kWatchAfter, [weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->watch_from(self->token + 1);
+    });
+  }
+
+  void attach(const LeasePtr& to) {
+    to->set_hook([weak = weak_from_this()](const Error& error) {
+      if (auto self = weak.lock()) self->lost(error.cause);
+    });
+    if (to->phase == LeaseState::Phase::Lost) lost("its lease is lost");
+  }
+
+  void watch_from(std::int64_t revision) {
+    if (phase != Phase::Held || client->closing) return;
+    WatchRequest request;
+    request.key = key;
+    request.no_put = !others_may_put;
+    hub_id = client->watches->add(std::move(request), revision, true, weak_from_this());
+    if (phase != Phase::Held) client->watches->remove(hub_id);
+  }
+
+  void lost(const std::string& why) {
+    auto held = Phase::Held;
+    if (!phase.compare_exchange_strong(held, Phase::Lost)) return;
+    client->watches->remove(hub_id);
+    auto error = make_error(ErrorCode::Lost, key + " is lost", why);
+    (*client->log)(LogLevel::Warn, "a key that was ours is lost", {{"key", key}, {"why", why}});
+    give_up_leases();
+    loss.fire(error);
+    if (on_loss) on_loss(error);
+  }
+
+  void give_up_leases() {
+    std::lock_guard<std::mutex> lock(mutex);
+    client->leases->drop(lease);
+    if (spare) client->leases->drop(spare);
+  }
+
+  // HubSink.
+
+  bool deliver(std::vector<WatchEvent> events) override {
+    for (auto& event : events) {
+      if (event.type == EventType::Delete) {
+        lost("the key was deleted");
+      } else if (others_may_put && event.kv.lease != present_lease()->id) {
+        lost("the key was replaced");
+      }
+    }
+    return true;
+  }
+  bool ready() override { return true; }
+  void progress(std::int64_t) override {}
+  void compacted(std::int64_t) override {
+    auto background = client->executor->background;
+    background->post([weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->look_again();
+    });
+  }
+  void failed(const Error&) override {}  // the lease still tells
+
+  /// The watch has missed something: is the key still ours?
+  void look_again() {
+    if (phase != Phase::Held || client->closing) return;
+    Txn txn;
+    txn.when(ours);
+    auto now = client->commit(txn, Safety::Read, Context::with_timeout(milliseconds(1000)));
+    if (now && now->succeeded) return watch_from(now->revision + 1);
+    if (now) return lost("the key was deleted");
+    client->executor->timer.after(milliseconds(500), [weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->compacted(0);
+    });
+  }
+
+  // For the handles.
+
+  Error lost_error() const { return make_error(ErrorCode::Lost, key + " is not ours any more"); }
+
+  /// Held -> Released, or why not.
+  Result<void> begin_release() {
+    auto was = phase.exchange(Phase::Released);
+    client->watches->remove(hub_id);
+    loss.close();
+    if (was == Phase::Released) return invalid(key + " was given up before");
+    if (was == Phase::Lost) return lost_error();
+    if (client->closing) return closed_error();
+    return {};
+  }
+
+  /// Deletes the key if it is ours, and keeps the lease for the next one.
+  Result<void> release(const Context& ctx) {
+    auto begun = begin_release();
+    if (!begun) return begun;
+    Txn txn;
+    txn.when(ours).then(Op::remove(key));
+    bool repeated = false;
+    auto done = client->commit(txn, Safety::Idempotent, ctx, &repeated);
+    bool mine = done && (done->succeeded || (repeated && present_lease()->held()));
+    if (!mine) {
+      give_up_leases();
+      return done ? lost_error() : done.error();
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    if (spare) client->leases->drop(spare);
+    client->leases->give_back(lease);
+    return {};
+  }
+
+  /// What a handle's destructor does.
+  void abandon() {
+    if (phase != Phase::Released) {
+      static_cast<void>(release(Context::with_timeout(milliseconds(500))));
+    }
+  }
+
+  Result<void> require_held() {
+    if (phase == Phase::Released) return invalid(key + " was given up before");
+    if (client->closing) return closed_error();
+    if (!held()) return lost_error();
+    return {};
+  }
+
+  Result<void> renew(milliseconds ttl, const Context& ctx) {
+    auto usable = require_held();
+    if (!usable) return usable;
+    auto present = present_lease();
+    if (seconds_up(ttl) != seconds_up(present->asked)) return move_to_new_lease(ttl, ctx);
+    auto renewed = client->leases->renew_now(present, ctx);
+    if (!renewed && renewed.error().code == ErrorCode::Lost) return lost_error();
+    return renewed;
+  }
+
+  Result<void> move_to_new_lease(milliseconds ttl, const Context& ctx) {
+    auto fresh = client->leases->grant(ttl, ctx);
+    if (!fresh) return fresh.error();
+    PutRequest put;
+    put.key = key;
+    put.lease = (*fresh)->id;
+    put.ignore_value = true;
+    Txn txn;
+    txn.when(ours).then(Op::put(put));
+    auto done = client->commit(txn, Safety::Idempotent, ctx);
+    if (done && done->succeeded) {
+      attach(*fresh);
+      std::lock_guard<std::mutex> lock(mutex);
+      client->leases->drop(std::exchange(lease, *fresh));
+      return {};
+    }
+    if (done) {
+      client->leases->drop(*fresh);
+      lost("the key was deleted");
+      return lost_error();
+    }
+    // It may hang on either: both are kept alive.
+    std::lock_guard<std::mutex> lock(mutex);
+    if (spare) client->leases->drop(spare);
+    spare = *fresh;
+    return done.error();
+  }
+
+  /// `txn` inside the guard; its answer.
+  Result<TxnResponse> guarded_commit(Txn txn, const Context& ctx, Safety safety) {
+    auto usable = require_held();
+    if (!usable) return usable.error();
+    Txn outer;
+    outer.when(ours).then(Op::txn(std::move(txn)));
+    auto done = client->commit(outer, safety, ctx);
+    if (!done) return done.error();
+    if (!done->succeeded || done->responses.empty()) {
+      lost("the key was deleted");
+      return lost_error();
+    }
+    auto* inner = std::get_if<std::shared_ptr<const TxnResponse>>(&done->responses.front());
+    if (!inner) return make_error(ErrorCode::Internal, "a nested Txn has no answer");
+    TxnResponse answer = **inner;
+    answer.revision = done->revision;
+    return answer;
+  }
+};
+
+using OwnedKeyPtr = std::shared_ptr<OwnedKey>;
+
+inline constexpr const char* kShared = "shared";  // the value of a shared holder's key
+
+/// Who may hold, given those who came earlier.
+struct QueueRule {
+  enum class Kind { Exclusive, Shared, Permits };
+  Kind kind{Kind::Exclusive};
+  std::int64_t permits{1};
+};
+
+/// One who wants a place at the head of a queue of keys under a prefix, ordered by create
+/// revision. After etcd's client/v3/concurrency/key.go and mutex.go, with these differences: the
+/// watch is made before the read that it depends on (one that begins in the past is served by a
+/// timer of 100 ms); the own key is watched, too, and is looked at again after waiting.
+class Contender {
+ public:
+  Contender(std::shared_ptr<ClientState> client, std::string prefix, QueueRule rule,
+            std::string value, milliseconds ttl)
+      : client_(std::move(client)), prefix_(std::move(prefix)), rule_(rule),
+        value_(std::move(value)), ttl_(ttl) {}
+
+  Result<OwnedKeyPtr> acquire(const Context& ctx);
+  Result<OwnedKeyPtr> try_acquire(const Context& ctx);
+
+ private:
+  enum class Place { Head, Behind, Gone };
+  struct Turn {
+    Place place{Place::Gone};
+    std::string blocker;  // the key to wait for; empty: any of the prefix
+  };
+
+  Result<void> prepare(const Context& ctx);
+  Result<Turn> enter(const Context& ctx);
+  Result<Turn> enter_if_free(const Context& ctx);
+  Result<Turn> look(const Context& ctx);
+  Result<Turn> wait(const Turn& turn, const Context& ctx);
+  Turn judge(const std::vector<KeyValue>& earlier) const;
+  RangeRequest earlier_keys() const;
+  std::string watch_body(const Turn& turn) const;
+  Result<Turn> wait_on_stream(const Turn& turn, const Context& ctx);
+  OwnedKeyPtr own();
+  Error give_up(Error error);
+
+  const std::shared_ptr<ClientState> client_;
+  const std::string prefix_;
+  const QueueRule rule_;
+  const std::string value_;
+  const milliseconds ttl_;
+  LeasePtr lease_;
+  std::string key_;
+  std::int64_t token_{0};
+  Backoff backoff_{milliseconds(20), milliseconds(1000)};
+};
+
+COORDINATION_API Result<void> Contender::prepare(const Context& ctx) {
+  if (client_->closing) return closed_error();
+  if (ctx.done()) return context_error(ctx, "the lock was not asked for");
+  auto lease = client_->leases->take(ttl_, ctx);
+  if (!lease) return lease.error();
+  lease_ = std::move(*lease);
+  key_ = prefix_ + lease_hex(lease_->id);
+  return {};
+}
+
+COORDINATION_API Result<OwnedKeyPtr> Contender::acquire(const Context& ctx) {
+  while (true) {
+    auto prepared = prepare(ctx);
+    if (!prepared) return prepared.error();
+    auto turn = enter(ctx);
+    while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
+    if (!turn) return give_up(turn.error());
+    if (turn->place == Place::Head && lease_->held()) return own();
+    // The lease or the key has died while we waited: to the end of the queue.
+    client_->leases->drop(lease_);
+    if (!pause(join_contexts({&ctx, &client_->open}), backoff_.next())) {
+      return give_up(context_error(ctx, "the lock was not acquired"));
+    }
+  }
+}
+
+COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& ctx) {
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    auto prepared = prepare(ctx);
+    if (!prepared) return prepared.error();
+    bool exclusive = rule_.kind == QueueRule::Kind::Exclusive;
+    auto turn = exclusive ? enter_if_free(ctx) : enter(ctx);
+    if (!turn) return give_up(turn.error());
+    if (turn->place == Place::Head && lease_->held()) return own();
+    if (turn->place == Place::Gone) {  // the kept lease had died
+      client_->leases->drop(lease_);
+      continue;
+    }
+    if (exclusive) {
+      client_->leases->give_back(lease_);
+    } else {
+      client_->leases->drop(lease_);
+    }
+    return make_error(ErrorCode::Conflict, prefix_ + " is held by somebody else");
+  }
+  return make_error(ErrorCode::Lost, "the lease was lost before the lock was ours");
+}
+
+COORDINATION_API OwnedKeyPtr Contender::own() {
+  auto owned = std::make_shared<OwnedKey>(client_, key_, token_, lease_);
+  owned->begin();
+  return owned;
+}
+
+/// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now.
+COORDINATION_API Error Contender::give_up(Error error) {
+  if (lease_->phase == LeaseState::Phase::Live && !client_->closing) {
+    lease_->release();
+    auto quick = Context::with_timeout(milliseconds(60));
+    auto revoked = client_->leases->revoke(lease_->id, quick);
+    if (!revoked) client_->leases->revoke_later(lease_->id, lease_->ttl(), true);
+  }
+  error.outcome = Outcome::NotApplied;
+  if (client_->open.cancelled()) return closed_error();
+  return error;
+}
+
+/// The keys that may be before ours: of those with a lower create revision as many as the rule
+/// needs, the latest first.
+COORDINATION_API RangeRequest Contender::earlier_keys() const {
+  RangeRequest range;
+  range.key = prefix_;
+  range.range_end = prefix_range_end(prefix_);
+  range.sort_order = SortOrder::Descend;
+  range.sort_target = SortTarget::Create;
+  range.keys_only = rule_.kind != QueueRule::Kind::Shared;
+  if (rule_.kind == QueueRule::Kind::Exclusive) range.limit = 1;
+  if (rule_.kind == QueueRule::Kind::Permits) range.limit = rule_.permits;
+  return range;
+}
+
+COORDINATION_API Contender::Turn Contender::judge(const std::vector<KeyValue>& keys) const {
+  std::vector<const KeyValue*> earlier;
+  for (const KeyValue& kv : keys) {
+    if (kv.key != key_ && kv.create_revision < token_) earlier.push_back(&kv);
+  }
+  if (rule_.kind == QueueRule::Kind::Permits) {
+    bool free = static_cast<std::int64_t>(earlier.size()) < rule_.permits;
+    return {free ? Place::Head : Place::Behind, {}};
+  }
+  bool shared = rule_.kind == QueueRule::Kind::Shared;
+  for (const KeyValue* kv : earlier) {
+    if (!shared || kv->value != kShared) return {Place::Behind, kv->key};
+  }
+  return {Place::Head, {}};
+}
+
+/// Takes a place in the queue. May be repeated: the second time finds the key of the first.
+COORDINATION_API Result<Contender::Turn> Contender::enter(const Context& ctx) {
+  auto earlier = earlier_keys();
+  if (earlier.limit > 0) ++earlier.limit;  // our own comes first
+  Txn txn;
+  txn.when(Compare::missing(key_))
+      .then(Op::put(key_, value_, lease_->id))
+      .then(Op::range(std::move(earlier)))
+      .otherwise(Op::get(key_));
+  auto done = client_->commit(txn, Safety::Idempotent, ctx);
+  if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
+  if (!done) return done.error();
+  if (done->succeeded) {
+    token_ = done->revision;
+    return judge(done->range(1).kvs);
+  }
+  auto& mine = done->range(0).kvs;
+  if (mine.empty()) return Turn{};
+  token_ = mine.front().create_revision;
+  return look(ctx);
+}
+
+/// Takes the head of the queue if nobody is in it.
+COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context& ctx) {
+  auto nobody = Compare::missing(prefix_);
+  nobody.range_end = prefix_range_end(prefix_);
+  Txn txn;
+  txn.when(nobody).then(Op::put(key_, value_, lease_->id)).otherwise(Op::get(key_));
+  auto done = client_->commit(txn, Safety::Idempotent, ctx);
+  if (!done && done.error().code == ErrorCode::NotFound) return Turn{};
+  if (!done) return done.error();
+  if (done->succeeded) {
+    token_ = done->revision;
+    return Turn{Place::Head, {}};
+  }
+  auto& mine = done->range(0).kvs;
+  if (mine.empty()) return Turn{Place::Behind, {}};
+  token_ = mine.front().create_revision;
+  return look(ctx);
+}
+
+/// Where we stand now.
+COORDINATION_API Result<Contender::Turn> Contender::look(const Context& ctx) {
+  auto earlier = earlier_keys();
+  earlier.max_create_revision = token_ - 1;
+  Txn txn;
+  txn.then(Op::get(key_)).then(Op::range(std::move(earlier)));
+  auto done = client_->commit(txn, Safety::Read, ctx);
+  if (!done) return done.error();
+  auto& mine = done->range(0).kvs;
+  if (mine.empty() || mine.front().create_revision != token_) return Turn{};
+  return judge(done->range(1).kvs);
+}
+
+COORDINATION_API Result<Contender::Turn> Contender::wait(const Turn& turn, const Context& ctx) {
+  auto waiting = join_contexts({&ctx, &client_->open, &lease_->life});
+  auto next = wait_on_stream(turn, waiting);
+  if (lease_->life.cancelled() || !lease_->held()) return Turn{};
+  if (ctx.done()) return context_error(ctx, "the lock was not acquired", "somebody else holds it");
+  if (client_->open.cancelled()) return closed_error();
+  if (next) {
+    backoff_.reset();
+    return next;
+  }
+  if (next.error().code == ErrorCode::PermissionDenied) return next;
+  pause(waiting, backoff_.next());
+  return turn;
+}
+
+COORDINATION_API std::string Contender::watch_body(const Turn& turn) const {
+  WatchRequest watch;
+  watch.no_put = true;
+  watch.key = turn.blocker.empty() ? prefix_ : turn.blocker;
+  if (turn.blocker.empty()) watch.range_end = prefix_range_end(prefix_);
+  auto body = wire::watch_body(watch, 1, 0) + "\n";
+  if (turn.blocker.empty()) return body;
+  watch.key = key_;
+  return body + wire::watch_body(watch, 2, 0) + "\n";
+}
+
+/// Watches the key before ours and our own, then looks, then waits for one of them to go. The
+/// stream is read by the caller's thread: a hand-over wakes nobody else.
+COORDINATION_API Result<Contender::Turn> Contender::wait_on_stream(const Turn& turn,
+                                                                   const Context& ctx) {
+  std::optional<Result<Turn>> seen;
+  int unconfirmed = turn.blocker.empty() ? 1 : 2;
+  wire::Lines lines;
+  auto line = [&](std::string_view text) {
+    auto decoded = wire::decode_line<wire::WatchLine>(text);
+    auto* watch = std::get_if<wire::WatchLine>(&decoded);
+    if (!watch || watch->canceled) return false;
+    if (watch->created && --unconfirmed == 0) {
+      seen = look(ctx);
+      return *seen && (*seen)->place == Place::Behind && (*seen)->blocker == turn.blocker;
+    }
+    bool changed = !watch->events.empty() && unconfirmed <= 0;
+    if (changed) seen = look(ctx);
+    return !changed || (*seen && (*seen)->place == Place::Behind &&
+                        (*seen)->blocker == turn.blocker);
+  };
+  auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
+  auto end = client_->stream("/v3/watch", watch_body(turn), sink, ctx);
+  if (seen) return *seen;
+  if (!end) return end.error();
+  return make_error(ErrorCode::Unavailable, "the watch of a lock has ended");
+}
+
+/// The validated arguments of every way to get a lock.
+COORDINATION_API Result<Contender> contender(const std::shared_ptr<CoordinatorState>& state,
+                                             const char* service, const std::string& key,
+                                             milliseconds ttl, QueueRule rule,
+                                             std::string value = {}) {
+  auto valid = validate_key(key, "key");
+  if (valid) valid = validate_ttl(ttl);
+  if (!valid) return valid.error();
+  return Contender(state->client, state->path(service, key) + "/", rule, std::move(value), ttl);
+}
+
+COORDINATION_API Result<Lock> as_lock(Result<OwnedKeyPtr> owned) {
+  if (!owned) return owned.error();
+  return Lock(std::move(*owned));
+}
+
+inline constexpr QueueRule kExclusive{QueueRule::Kind::Exclusive, 1};
+inline constexpr QueueRule kSharedRule{QueueRule::Kind::Shared, 1};
+
+}  // namespace detail
+
+COORDINATION_API Result<Lock> DistributedLock::acquire(std::string key, milliseconds ttl,
+                                                       Context ctx) {
+  auto contender = detail::contender(state_, "/locks/", key, ttl, detail::kExclusive);
+  if (!contender) return contender.error();
+  return detail::as_lock(contender->acquire(ctx));
+}
+
+COORDINATION_API Result<Lock> DistributedLock::try_acquire(std::string key, milliseconds ttl,
+                                                           Context ctx) {
+  auto contender = detail::contender(state_, "/locks/", key, ttl, detail::kExclusive);
+  if (!contender) return contender.error();
+  return detail::as_lock(contender->try_acquire(ctx));
+}
+
+COORDINATION_API Result<Lock> DistributedLock::acquire_shared(std::string key, milliseconds ttl,
+                                                              Context ctx) {
+  auto contender =
+      detail::contender(state_, "/locks/", key, ttl, detail::kSharedRule, detail::kShared);
+  if (!contender) return contender.error();
+  return detail::as_lock(contender->acquire(ctx));
+}
+
+COORDINATION_API Result<Lock> DistributedLock::try_acquire_shared(std::string key,
+                                                                  milliseconds ttl, Context ctx) {
+  auto contender =
+      detail::contender(state_, "/locks/", key, ttl, detail::kSharedRule, detail::kShared);
+  if (!contender) return contender.error();
+  return detail::as_lock(contender->try_acquire(ctx));
+}
+
+COORDINATION_API Semaphore DistributedLock::semaphore(std::string key, int permits) {
+  return Semaphore(state_, std::move(key), permits);
+}
+
+namespace detail {
+COORDINATION_API Result<Contender> permit_contender(const std::shared_ptr<CoordinatorState>& state,
+                                                    const std::string& key, int permits,
+                                                    milliseconds ttl) {
+  if (permits <= 0) return invalid("a semaphore needs at least one permit");
+  return contender(state, "/semaphores/", key, ttl, {QueueRule::Kind::Permits, permits});
+}
+}  // namespace detail
+
+COORDINATION_API Result<Lock> Semaphore::acquire(milliseconds ttl, Context ctx) {
+  auto contender = detail::permit_contender(state_, key_, permits_, ttl);
+  if (!contender) return contender.error();
+  return detail::as_lock(contender->acquire(ctx));
+}
+
+COORDINATION_API Result<Lock> Semaphore::try_acquire(milliseconds ttl, Context ctx) {
+  auto contender = detail::permit_contender(state_, key_, permits_, ttl);
+  if (!contender) return contender.error();
+  return detail::as_lock(contender->try_acquire(ctx));
+}
+
+COORDINATION_API Lock& Lock::operator=(Lock&& other) noexcept {
+  Lock old(std::move(*this));
+  state_ = std::move(other.state_);
+  return *this;
+}
+
+COORDINATION_API Lock::~Lock() {
+  if (state_) state_->abandon();
+}
+
+COORDINATION_API const std::string& Lock::key() const { return state_->key; }
+COORDINATION_API std::int64_t Lock::fencing_token() const { return state_->token; }
+COORDINATION_API bool Lock::held() const { return state_ && state_->held(); }
+COORDINATION_API void Lock::on_lost(std::function<void(const Error&)> handler) {
+  state_->loss.set_handler(std::move(handler));
+}
+COORDINATION_API Compare Lock::guard() const { return state_->ours; }
+COORDINATION_API Result<void> Lock::unlock(Context ctx) { return state_->release(ctx); }
+
+COORDINATION_API Result<void> Lock::renew(milliseconds ttl, Context ctx) {
+  auto valid = detail::validate_ttl(ttl);
+  if (!valid) return valid;
+  return state_->renew(ttl, ctx);
+}
+
+COORDINATION_API Result<milliseconds> Lock::ttl(Context ctx) {
+  auto usable = state_->require_held();
+  if (!usable) return usable.error();
+  auto left = detail::remaining(*state_->present_lease(), ctx);
+  if (!left && left.error().code == ErrorCode::Lost) return state_->lost_error();
+  return left;
+}
+
+COORDINATION_API Result<PutResponse> Lock::put(std::string key, std::string value, Context ctx) {
+  Txn txn;
+  txn.then(Op::put(std::move(key), std::move(value)));
+  auto done = commit(std::move(txn), std::move(ctx));
+  if (!done) return done.error();
+  PutResponse response;
+  response.revision = done->revision;
+  return response;
+}
+
+COORDINATION_API Result<RemoveResponse> Lock::remove(std::string key, Context ctx) {
+  Txn txn;
+  txn.then(Op::remove(std::move(key)));
+  auto done = commit(std::move(txn), std::move(ctx));
+  if (!done) return done.error();
+  RemoveResponse response;
+  auto* removed = done->responses.empty() ? nullptr
+                                          : std::get_if<RemoveResponse>(&done->responses.front());
+  if (removed) response = *removed;
+  response.revision = done->revision;
+  return response;
+}
+
+COORDINATION_API Result<TxnResponse> Lock::commit(Txn txn, Context ctx) {
+  return state_->guarded_commit(std::move(txn), ctx, detail::Safety::Write);
+}
+
+// == 9. Election ================================================================================
+
+COORDINATION_API Leadership& Leadership::operator=(Leadership&& other) noexcept {
+  Leadership old(std::move(*this));
+  state_ = std::move(other.state_);
+  return *this;
+}
+
+COORDINATION_API Leadership::~Leadership() {
+  if (state_) state_->abandon();
+}
+
+COORDINATION_API const std::string& Leadership::key() const { return state_->key; }
+COORDINATION_API std::int64_t Leadership::fencing_token() const { return state_->token; }
+COORDINATION_API bool Leadership::held() const { return state_ && state_->held(); }
+COORDINATION_API void Leadership::on_lost(std::function<void(const Error&)> handler) {
+  state_->loss.set_handler(std::move(handler));
+}
+COORDINATION_API Compare Leadership::guard() const { return state_->ours; }
+COORDINATION_API Result<void> Leadership::resign(Context ctx) { return state_->release(ctx); }
+
+COORDINATION_API Result<void> Leadership::proclaim(std::string value, Context ctx) {
+  Txn txn;
+  auto lease = state_->present_lease()->id;
+  txn.then(Op::put(state_->key, std::move(value), lease));
+  auto done = state_->guarded_commit(std::move(txn), ctx, detail::Safety::Idempotent);
+  if (!done) return done.error();
+  return {};
+}
+
+COORDINATION_API Result<Leadership> Election::campaign(std::string name, std::string value,
+                                                       milliseconds ttl, Context ctx) {
+  auto contender = detail::contender(state_, "/elections/", name, ttl, detail::kExclusive,
+                                     std::move(value));
+  if (!contender) return contender.error();
+  auto owned = contender->acquire(ctx);
+  if (!owned) return owned.error();
+  return Leadership(std::move(*owned));
+}
+
+COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context ctx) {
+  auto valid = detail::validate_key(name, "name");
+  if (!valid) return valid.error();
+  RangeRequest range;
+  range.key = state_->path("/elections/", name) + "/";
+  range.range_end = prefix_range_end(range.key);
+  range.sort_order = SortOrder::Ascend;
+  range.sort_target = SortTarget::Create;
+  range.limit = 1;
+  auto first = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
+                                                  detail::Safety::Read, ctx);
+  if (!first) return first.error();
+  if (first->kvs.empty()) {
+    return detail::make_error(ErrorCode::NotFound, "nobody leads " + name);
+  }
+  auto& kv = first->kvs.front();
+  return LeaderInfo{kv.key, kv.value, kv.create_revision, first->revision};
+}
+
+namespace detail {
+
+/// Follows the candidates and tells when the first of them is another or says something else.
+class LeaderTracker {
+ public:
+  std::optional<LeaderInfo> operator()(WatchEvent event) {
+    if (event.type == EventType::Delete) {
+      candidates_.erase(event.kv.key);
+    } else {
+      candidates_[event.kv.key] = event.kv;
+    }
+    LeaderInfo now;
+    for (auto& candidate : candidates_) {
+      auto& kv = candidate.second;
+      if (now.exists() && now.token < kv.create_revision) continue;
+      now = {kv.key, kv.value, kv.create_revision, 0};
+    }
+    if (std::tie(now.key, now.value, now.token) == std::tie(last_.key, last_.value, last_.token)) {
+      return std::nullopt;
+    }
+    now.revision = event.revision;
+    last_ = now;
+    return now;
+  }
+
+ private:
+  std::map<std::string, KeyValue> candidates_;
+  LeaderInfo last_;
+};
+
+COORDINATION_API Result<WatchPlan<LeaderInfo>> observe_plan(const CoordinatorState& state,
+                                                            const std::string& name) {
+  auto valid = validate_key(name, "name");
+  if (!valid) return valid.error();
+  WatchPlan<LeaderInfo> plan;
+  plan.client = state.client;
+  plan.request.key = state.path("/elections/", name) + "/";
+  plan.request.range_end = prefix_range_end(plan.request.key);
+  plan.mode = RangeFeed::Mode::Live;
+  plan.include_existing = true;
+  plan.decode = LeaderTracker();
+  return plan;
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<Watch<LeaderInfo>> Election::observe(std::string name, Context ctx) {
+  auto plan = detail::observe_plan(*state_, name);
+  if (!plan) return plan.error();
+  return detail::open_watch(*plan, ctx);
+}
+
+COORDINATION_API Result<Subscription> Election::observe(
+    std::string name, std::function<void(const LeaderInfo&)> handler, Context ctx) {
+  auto plan = detail::observe_plan(*state_, name);
+  if (!plan) return plan.error();
+  return detail::subscribe(*plan, std::move(handler), ctx);
+}
+
+// == 10. Registry ===============================================================================
+
+COORDINATION_API bool operator==(const ServiceInfo& a, const ServiceInfo& b) {
+  return std::tie(a.id, a.name, a.address, a.port, a.metadata, a.ttl) ==
+         std::tie(b.id, b.name, b.address, b.port, b.metadata, b.ttl);
+}
+COORDINATION_API bool operator!=(const ServiceInfo& a, const ServiceInfo& b) { return !(a == b); }
+
+COORDINATION_API const char* to_string(RegistrationEvent event) {
+  switch (event) {
+    case RegistrationEvent::Registered: return "REGISTERED";
+    case RegistrationEvent::Lost: return "LOST";
+    case RegistrationEvent::Replaced: break;
+  }
+  return "REPLACED";
+}
+
+namespace detail {
+
+COORDINATION_API Result<void> validate_segment(const std::string& text, const char* what) {
+  if (text.empty()) return invalid(std::string("the service's ") + what + " is empty");
+  if (text.find('/') != std::string::npos || text == "." || text == "..") {
+    return invalid(std::string("the service's ") + what + " \"" + text + "\" is no single segment");
+  }
+  return {};
+}
+
+COORDINATION_API Result<void> validate_service(const ServiceInfo& service) {
+  auto valid = validate_segment(service.id, "id");
+  if (valid) valid = validate_segment(service.name, "name");
+  if (!valid) return valid;
+  if (service.address.empty()) return invalid("the service's address is empty");
+  if (service.port < 1 || service.port > 65535) {
+    return invalid("the service's port " + std::to_string(service.port) + " is not in 1-65535");
+  }
+  return validate_ttl(service.ttl);
+}
+
+/// One at a time, waited for under a Context.
+class Turnstile {
+ public:
+  bool enter(const Context& ctx) {
+    return gate_.wait(ctx, [this] { return !std::exchange(busy_, true) || (busy_ = true, false); });
+  }
+  void leave() {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    busy_ = false;
+    gate_.changed.notify_one();
+  }
+
+ private:
+  Gate gate_;
+  bool busy_{false};
+};
+
+/// The intent that a record be there. It owns a key; when that is lost, it makes another.
+class Registration : public std::enable_shared_from_this<Registration> {
+ public:
+  Registration(std::shared_ptr<ClientState> client, std::string key)
+      : client_(std::move(client)), key_(std::move(key)),
+        strand_(std::make_shared<Strand>(client_->executor->callbacks, client_->log)) {}
+
+  /// Makes the record, or replaces it in one step.
+  Result<void> set(ServiceInfo service, RegisterOptions options, const Context& ctx) {
+    if (!turnstile_.enter(ctx)) return context_error(ctx, "the service was not registered");
+    auto done = set_in_turn(std::move(service), std::move(options), ctx);
+    turnstile_.leave();
+    return done;
+  }
+
+  /// Ends the intent and the record; with the lease goes the record, in one request.
+  Result<void> end(const Context& ctx) {
+    ended_ = true;
+    strand_->close();
+    auto owned = swap_owned(nullptr);
+    if (!owned || !owned->begin_release()) return {};
+    auto lease = owned->present_lease();
+    lease->release();
+    auto done = client_->leases->revoke(lease->id, ctx);
+    if (!done) client_->leases->revoke_later(lease->id, lease->ttl(), true);
+    return done;
+  }
+
+  /// When the Coordinator closes, which revokes all leases.
+  void quit() {
+    ended_ = true;
+    strand_->close();
+    if (auto owned = swap_owned(nullptr)) static_cast<void>(owned->begin_release());
+  }
+
+ private:
+  Result<void> set_in_turn(ServiceInfo service, RegisterOptions options, const Context& ctx) {
+    if (ended_) return closed_error();
+    auto old = owned();
+    bool same_lease = old && old->held() && service.ttl == service_.ttl;
+    auto lease = same_lease ? Result<LeasePtr>(old->present_lease())
+                            : client_->leases->grant(service.ttl, ctx);
+    if (!lease) return lease.error();
+    Txn txn;
+    txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
+    auto done = client_->commit(txn, Safety::Idempotent, ctx);
+    if (!done) {
+      if (!same_lease) client_->leases->drop(*lease);
+      return done.error();
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      service_ = std::move(service);
+      options_ = std::move(options);
+    }
+    if (!same_lease) own(*lease, done->revision);
+    tell(RegistrationEvent::Registered);
+    return {};
+  }
+
+  void own(const LeasePtr& lease, std::int64_t revision) {
+    auto fresh = std::make_shared<OwnedKey>(client_, key_, revision, lease);
+    fresh->ours = Compare::lease(key_, Compare::Is::Equal, lease->id);
+    fresh->others_may_put = true;
+    fresh->on_loss = [weak = weak_from_this(), raw = fresh.get()](const Error& error) {
+      if (auto self = weak.lock()) self->lost(raw, error);
+    };
+    auto old = swap_owned(fresh);
+    if (old && old->begin_release()) old->give_up_leases();
+    fresh->begin();
+    if (ended_ && fresh->begin_release()) fresh->give_up_leases();
+  }
+
+  OwnedKeyPtr owned() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return owned_;
+  }
+  OwnedKeyPtr swap_owned(OwnedKeyPtr fresh) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(owned_, std::move(fresh));
+  }
+
+  void tell(RegistrationEvent event) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    (*client_->log)(LogLevel::Info, "registration",
+                    {{"key", key_}, {"event", to_string(event)}});
+    if (!options_.on_event) return;
+    strand_->post([handler = options_.on_event, event, service = service_] {
+      handler(event, service);
+    });
+  }
+
+  void lost(const OwnedKey* which, const Error& error) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (ended_ || owned_.get() != which) return;
+    }
+    if (error.cause == "the key was replaced") return tell(RegistrationEvent::Replaced);
+    tell(RegistrationEvent::Lost);
+    heal_later(milliseconds(0));
+  }
+
+  void heal_later(milliseconds delay) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (options_.heal != HealPolicy::Restore) return;
+    }
+    auto background = client_->executor->background;
+    client_->executor->timer.after(delay, [weak = weak_from_this(), background] {
+      background->post([weak] {
+        if (auto self = weak.lock()) self->heal();
+      });
+    });
+  }
+
+  void heal() {
+    auto ctx = Context::with_timeout(milliseconds(1000));
+    if (ended_ || client_->closing || !turnstile_.enter(Context::with_timeout(milliseconds(0)))) {
+      if (!ended_ && !client_->closing) heal_later(backoff_.next());
+      return;
+    }
+    auto healed = heal_in_turn(ctx);
+    turnstile_.leave();
+    if (healed) {
+      backoff_.reset();
+      return tell(*healed);
+    }
+    (*client_->log)(LogLevel::Warn, "a service is not registered again yet",
+                    {{"key", key_}, {"cause", to_string(healed.error())}});
+    heal_later(backoff_.next());
+  }
+
+  /// Puts the record where there is none, or where the one with our old lease still is.
+  Result<RegistrationEvent> heal_in_turn(const Context& ctx) {
+    auto old = owned();
+    if (!old || old->held()) return RegistrationEvent::Registered;
+    ServiceInfo service;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      service = service_;
+    }
+    auto lease = client_->leases->grant(service.ttl, ctx);
+    if (!lease) return lease.error();
+    auto record = wire::encode_service(service);
+    Txn inner;
+    inner.when(Compare::missing(key_)).then(Op::put(key_, record, (*lease)->id));
+    inner.otherwise(Op::get(key_));
+    Txn txn;
+    txn.when(old->ours).then(Op::put(key_, record, (*lease)->id)).otherwise(Op::txn(inner));
+    auto done = client_->commit(txn, Safety::Idempotent, ctx);
+    if (!done) {
+      client_->leases->drop(*lease);
+      return done.error();
+    }
+    auto* tried = done->responses.empty() ? nullptr
+                                          : std::get_if<std::shared_ptr<const TxnResponse>>(
+                                                &done->responses.front());
+    bool there = done->succeeded || (tried && (*tried)->succeeded);
+    if (!there && tried && !(*tried)->range(0).kvs.empty()) {
+      there = (*tried)->range(0).kvs.front().lease == (*lease)->id;  // an earlier attempt did it
+    }
+    if (!there) return client_->leases->drop(*lease), RegistrationEvent::Replaced;
+    own(*lease, done->revision);
+    return RegistrationEvent::Registered;
+  }
+
+  const std::shared_ptr<ClientState> client_;
+  const std::string key_;
+  std::shared_ptr<Strand> strand_;
+  Turnstile turnstile_;
+  std::atomic<bool> ended_{false};
+  std::mutex mutex_;
+  ServiceInfo service_;
+  RegisterOptions options_;
+  OwnedKeyPtr owned_;
+  Backoff backoff_{milliseconds(100), milliseconds(1000)};
+};
+
+struct RegistryState {
+  std::mutex mutex;
+  std::map<std::string, std::pair<std::string, std::shared_ptr<Registration>>> by_key;  // and id
+
+  std::vector<std::shared_ptr<Registration>> take(const std::string* id) {
+    std::vector<std::shared_ptr<Registration>> taken;
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto it = by_key.begin(); it != by_key.end();) {
+      bool is = !id || it->second.first == *id;
+      if (is) taken.push_back(it->second.second);
+      it = is ? by_key.erase(it) : std::next(it);
+    }
+    return taken;
+  }
+};
+
+/// A record, or what its key tells if it cannot be read.
+COORDINATION_API std::optional<ServiceInfo> read_service(const KeyValue& kv, const Log& log) {
+  auto service = wire::decode_service(kv.value);
+  if (!service) log(LogLevel::Warn, "a service record cannot be read", {{"key", kv.key}});
+  return service;
+}
+
+COORDINATION_API std::optional<ServiceEvent> service_event(WatchEvent event, const Log& log) {
+  ServiceEvent result;
+  result.type = event.type;
+  result.revision = event.revision;
+  result.timestamp = std::chrono::system_clock::now();
+  bool gone = event.type == EventType::Delete;
+  const KeyValue& record = gone && event.prev_kv ? *event.prev_kv : event.kv;
+  auto service = read_service(record, log);
+  if (!service && !gone) return std::nullopt;
+  if (!service) {
+    auto slash = event.kv.key.rfind('/');
+    auto name = event.kv.key.rfind('/', slash - 1) + 1;
+    service = ServiceInfo{};
+    service->id = event.kv.key.substr(slash + 1);
+    service->name = event.kv.key.substr(name, slash - name);
+  }
+  result.service = std::move(*service);
+  return result;
+}
+
+COORDINATION_API WatchRequest prefix_request(std::string prefix, std::size_t queue_size = 1024) {
+  WatchRequest request;
+  request.range_end = prefix_range_end(prefix);
+  request.key = std::move(prefix);
+  request.queue_size = queue_size;
+  return request;
+}
+
+COORDINATION_API Result<WatchPlan<ServiceEvent>> services_plan(const CoordinatorState& state,
+                                                               const std::string& name,
+                                                               const WatchOptions& options) {
+  auto valid = validate_segment(name, "name");
+  if (!valid) return valid.error();
+  WatchPlan<ServiceEvent> plan;
+  plan.client = state.client;
+  plan.request = prefix_request(state.path("/services/", name) + "/", options.queue_size);
+  plan.mode = RangeFeed::Mode::LiveWithValues;
+  plan.include_existing = options.include_existing;
+  plan.decode = [log = state.client->log](WatchEvent event) {
+    return service_event(std::move(event), *log);
+  };
+  return plan;
+}
+
+COORDINATION_API Result<std::shared_ptr<ViewCore>> open_view(const CoordinatorState& state,
+                                                             std::string prefix,
+                                                             const Context& ctx) {
+  auto core = std::make_shared<ViewCore>(state.client, prefix_request(prefix));
+  core->prefix = std::move(prefix);
+  auto started = core->feed->start(core, false, ctx);
+  if (!started) return started.error();
+  return core;
+}
+
+/// The records of a view, decoded once per change.
+COORDINATION_API std::shared_ptr<const std::vector<ServiceInfo>> decoded_services(ViewCore& view) {
+  std::lock_guard<std::mutex> lock(view.mutex);
+  return view.feed->look([&](const RangeFeed::Known& known, std::int64_t revision) {
+    if (view.decoded && view.decoded_revision == revision) return view.decoded;
+    auto services = std::make_shared<std::vector<ServiceInfo>>();
+    for (auto& entry : known) {
+      auto service = wire::decode_service(entry.second.value);
+      if (service) services->push_back(std::move(*service));
+    }
+    view.decoded_revision = revision;
+    return view.decoded = std::move(services);
+  });
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo service, Context ctx) {
+  return register_service(std::move(service), RegisterOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo service,
+                                                                RegisterOptions options,
+                                                                Context ctx) {
+  auto valid = detail::validate_service(service);
+  if (!valid) return valid;
+  auto& client = state_->client;
+  if (client->closing) return detail::closed_error();
+  auto key = state_->path("/services/", service.name) + "/" + service.id;
+  auto id = service.id;
+  std::shared_ptr<detail::Registration> registration;
+  bool fresh = false;
+  {
+    std::lock_guard<std::mutex> lock(state_->registry->mutex);
+    auto& slot = state_->registry->by_key[key];
+    fresh = !slot.second;
+    if (fresh) slot = {id, std::make_shared<detail::Registration>(client, key)};
+    registration = slot.second;
+  }
+  auto done = registration->set(std::move(service), std::move(options), ctx);
+  if (done || !fresh) return done;
+  static_cast<void>(registration->end(ctx));
+  std::lock_guard<std::mutex> lock(state_->registry->mutex);
+  auto it = state_->registry->by_key.find(key);
+  if (it != state_->registry->by_key.end() && it->second.second == registration) {
+    state_->registry->by_key.erase(it);
+  }
+  return done;
+}
+
+COORDINATION_API Result<void> ServiceRegistry::unregister(std::string id, Context ctx) {
+  auto valid = detail::validate_segment(id, "id");
+  if (!valid) return valid;
+  if (state_->client->closing) return detail::closed_error();
+  auto registrations = state_->registry->take(&id);
+  if (registrations.empty()) {
+    return detail::make_error(ErrorCode::NotFound, "no service with the id " + id +
+                                                       " is registered here");
+  }
+  Result<void> result;
+  for (auto& registration : registrations) {
+    auto done = registration->end(ctx);
+    if (!done) result = done;
+  }
+  return result;
+}
+
+COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std::string name,
+                                                                            Context ctx) {
+  auto valid = detail::validate_segment(name, "name");
+  if (!valid) return valid.error();
+  RangeRequest range;
+  range.key = state_->path("/services/", name) + "/";
+  range.range_end = prefix_range_end(range.key);
+  auto all = detail::read_range(*state_->client, std::move(range), ctx);
+  if (!all) return all.error();
+  std::vector<ServiceInfo> services;
+  for (auto& kv : all->first) {
+    auto service = detail::read_service(kv, *state_->client->log);
+    if (service) services.push_back(std::move(*service));
+  }
+  return services;
+}
+
+COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name,
+                                                                    Context ctx) {
+  return watch(std::move(name), WatchOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name,
+                                                                    WatchOptions options,
+                                                                    Context ctx) {
+  auto plan = detail::services_plan(*state_, name, options);
+  if (!plan) return plan.error();
+  return detail::open_watch(*plan, ctx);
+}
+
+COORDINATION_API Result<Subscription> ServiceRegistry::watch(
+    std::string name, std::function<void(const ServiceEvent&)> handler, Context ctx) {
+  return watch(std::move(name), std::move(handler), WatchOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<Subscription> ServiceRegistry::watch(
+    std::string name, std::function<void(const ServiceEvent&)> handler, WatchOptions options,
+    Context ctx) {
+  auto plan = detail::services_plan(*state_, name, options);
+  if (!plan) return plan.error();
+  return detail::subscribe(*plan, std::move(handler), ctx);
+}
+
+COORDINATION_API Result<ServiceView> ServiceRegistry::view(std::string name, Context ctx) {
+  auto valid = detail::validate_segment(name, "name");
+  if (!valid) return valid.error();
+  auto core = detail::open_view(*state_, state_->path("/services/", name) + "/", ctx);
+  if (!core) return core.error();
+  return ServiceView(std::move(*core));
+}
+
+COORDINATION_API ServiceView::ServiceView(std::shared_ptr<detail::ViewCore> core)
+    : core_(std::move(core)) {}
+
+COORDINATION_API ServiceView& ServiceView::operator=(ServiceView&& other) noexcept {
+  ServiceView old(std::move(*this));
+  core_ = std::move(other.core_);
+  return *this;
+}
+
+COORDINATION_API ServiceView::~ServiceView() {
+  if (core_) core_->close();
+}
+
+COORDINATION_API std::vector<ServiceInfo> ServiceView::instances() const {
+  return *detail::decoded_services(*core_);
+}
+
+COORDINATION_API Result<ServiceInfo> ServiceView::pick(Pick how) {
+  auto services = detail::decoded_services(*core_);
+  if (services->empty()) {
+    return detail::make_error(ErrorCode::NotFound, "no instance under " + core_->prefix);
+  }
+  auto turn = how == Pick::Random ? detail::random_number() : core_->turn++;
+  return (*services)[turn % services->size()];
+}
+
+COORDINATION_API std::int64_t ServiceView::revision() const {
+  return core_->feed->look([](const auto&, std::int64_t revision) { return revision; });
+}
+COORDINATION_API bool ServiceView::connected() const { return core_->feed->connected(); }
+COORDINATION_API milliseconds ServiceView::age() const { return core_->feed->age(); }
+COORDINATION_API void ServiceView::on_change(std::function<void()> handler) {
+  core_->set_handler(std::move(handler));
+}
+
+// == 11. Config =================================================================================
+
+namespace detail {
+
+COORDINATION_API Error conversion_error(const std::string& key, const char* what) {
+  return make_error(ErrorCode::Validation, "the value of " + key + " is of another type", what);
+}
+
+/// After a write whose outcome is unknown: has it taken effect?
+template <class Settled>
+Result<std::int64_t> settle(ClientState& client, const std::string& key, const Error& error,
+                            const Context& ctx, Settled settled) {
+  if (error.outcome == Outcome::NotApplied || ctx.done()) return error;
+  RangeRequest range;
+  range.key = key;
+  auto now = client.ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read, ctx);
+  if (!now) return error;
+  auto* kv = now->kvs.empty() ? nullptr : &now->kvs.front();
+  if (settled(kv)) return kv ? kv->mod_revision : now->revision;
+  return error;
+}
+
+COORDINATION_API Result<std::string> config_bytes(const std::string& key,
+                                                  const nlohmann::json& value) {
+  auto valid = validate_key(key, "key");
+  if (!valid) return valid.error();
+  auto bytes = wire::encode_config(value);
+  if (bytes) return std::move(*bytes);
+  return invalid("the value of " + key + " cannot be written as JSON");
+}
+
+COORDINATION_API std::string config_prefix(const CoordinatorState& state) {
+  return state.path("/config/", "");
+}
+
+/// `prefix` and what stands under it, as two ranges would be: one range, and a test.
+struct ConfigRange {
+  std::string root;    // "<key_prefix>/config/"
+  std::string prefix;  // as given; "" = all
+  bool contains(const std::string& key) const {
+    auto path = root + prefix;
+    return prefix.empty() || key == path || key.compare(0, path.size() + 1, path + "/") == 0;
+  }
+  std::string begin() const { return root + prefix; }
+  std::string end() const { return prefix_range_end(root + prefix + (prefix.empty() ? "" : "/")); }
+};
+
+COORDINATION_API Result<ConfigRange> config_range(const CoordinatorState& state,
+                                                  std::string prefix) {
+  if (!prefix.empty()) {
+    auto valid = validate_key(prefix, "prefix");
+    if (!valid) return valid.error();
+  }
+  return ConfigRange{config_prefix(state), std::move(prefix)};
+}
+
+COORDINATION_API ConfigEvent config_event(const WatchEvent& event, std::size_t root) {
+  ConfigEvent result;
+  result.type = event.type;
+  result.key = event.kv.key.substr(root);
+  if (event.type == EventType::Put) result.value = wire::decode_config(event.kv.value);
+  result.timestamp = std::chrono::system_clock::now();
+  result.revision = event.revision;
+  return result;
+}
+
+COORDINATION_API WatchPlan<ConfigEvent> config_plan(const CoordinatorState& state,
+                                                    const WatchOptions& options) {
+  WatchPlan<ConfigEvent> plan;
+  plan.client = state.client;
+  plan.request.queue_size = options.queue_size;
+  plan.mode = RangeFeed::Mode::Live;
+  plan.include_existing = options.include_existing;
+  return plan;
+}
+
+COORDINATION_API Result<WatchPlan<ConfigEvent>> config_key_plan(const CoordinatorState& state,
+                                                                const std::string& key,
+                                                                const WatchOptions& options) {
+  auto valid = validate_key(key, "key");
+  if (!valid) return valid.error();
+  auto plan = config_plan(state, options);
+  plan.request.key = state.path("/config/", key);
+  auto root = config_prefix(state).size();
+  plan.decode = [root](WatchEvent event) {
+    return std::optional<ConfigEvent>(config_event(event, root));
+  };
+  return plan;
+}
+
+COORDINATION_API Result<WatchPlan<ConfigEvent>> config_range_plan(const CoordinatorState& state,
+                                                                  std::string prefix,
+                                                                  const WatchOptions& options) {
+  auto range = config_range(state, std::move(prefix));
+  if (!range) return range.error();
+  auto plan = config_plan(state, options);
+  plan.request.key = range->begin();
+  plan.request.range_end = range->end();
+  plan.decode = [range = *range](WatchEvent event) -> std::optional<ConfigEvent> {
+    if (!range.contains(event.kv.key)) return std::nullopt;
+    return config_event(event, range.root.size());
+  };
+  return plan;
+}
+
+COORDINATION_API ConfigEntry config_entry(const KeyValue& kv, std::string key) {
+  ConfigEntry entry;
+  entry.key = std::move(key);
+  entry.value = wire::decode_config(kv.value);
+  entry.revision = kv.mod_revision;
+  return entry;
+}
+
+COORDINATION_API Error no_config(const std::string& key) {
+  return make_error(ErrorCode::NotFound, "there is no configuration " + key);
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<ConfigEntry> ConfigCenter::get_entry(std::string key, Context ctx) {
+  auto valid = detail::validate_key(key, "key");
+  if (!valid) return valid.error();
+  RangeRequest range;
+  range.key = state_->path("/config/", key);
+  auto found = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
+                                                  detail::Safety::Read, ctx);
+  if (!found) return found.error();
+  if (found->kvs.empty()) return detail::no_config(key);
+  return detail::config_entry(found->kvs.front(), std::move(key));
+}
+
+COORDINATION_API Result<nlohmann::json> ConfigCenter::get(std::string key, Context ctx) {
+  auto entry = get_entry(std::move(key), std::move(ctx));
+  if (!entry) return entry.error();
+  return std::move(entry->value);
+}
+
+COORDINATION_API Result<void> ConfigCenter::set(std::string key, const nlohmann::json& value,
+                                                Context ctx) {
+  auto bytes = detail::config_bytes(key, value);
+  if (!bytes) return bytes.error();
+  auto path = state_->path("/config/", key);
+  PutRequest put;
+  put.key = path;
+  put.value = *bytes;
+  auto done = state_->client->ask<PutResponse>("/v3/kv/put", detail::wire::body(put),
+                                               detail::Safety::Write, ctx);
+  if (done) return {};
+  auto settled = detail::settle(*state_->client, path, done.error(), ctx, [&](const KeyValue* kv) {
+    return kv && kv->value == *bytes;
+  });
+  if (!settled) return settled.error();
+  return {};
+}
+
+COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string key,
+                                                                    std::int64_t expected_revision,
+                                                                    const nlohmann::json& value,
+                                                                    Context ctx) {
+  auto bytes = detail::config_bytes(key, value);
+  if (!bytes) return bytes.error();
+  if (expected_revision < 0) return detail::invalid("the expected revision is negative");
+  auto path = state_->path("/config/", key);
+  Txn txn;
+  txn.when(Compare::mod_revision(path, Compare::Is::Equal, expected_revision))
+      .then(Op::put(path, *bytes));
+  auto done = state_->client->commit(txn, detail::Safety::Write, ctx);
+  if (done && done->succeeded) return done->revision;
+  if (done) {
+    return detail::make_error(ErrorCode::Conflict, "the configuration " + key +
+                                                       " was changed since revision " +
+                                                       std::to_string(expected_revision));
+  }
+  return detail::settle(*state_->client, path, done.error(), ctx, [&](const KeyValue* kv) {
+    return kv && kv->value == *bytes && kv->mod_revision > expected_revision;
+  });
+}
+
+COORDINATION_API Result<void> ConfigCenter::remove(std::string key, Context ctx) {
+  auto valid = detail::validate_key(key, "key");
+  if (!valid) return valid;
+  RemoveRequest remove;
+  remove.key = state_->path("/config/", key);
+  auto done = state_->client->ask<RemoveResponse>("/v3/kv/deleterange", detail::wire::body(remove),
+                                                  detail::Safety::Write, ctx);
+  if (done && done->deleted > 0) return {};
+  if (done) return detail::no_config(key);
+  auto settled = detail::settle(*state_->client, remove.key, done.error(), ctx,
+                                [](const KeyValue* kv) { return kv == nullptr; });
+  if (!settled) return settled.error();
+  return {};
+}
+
+COORDINATION_API Result<std::vector<std::string>> ConfigCenter::list(std::string prefix,
+                                                                     Context ctx) {
+  auto range = detail::config_range(*state_, std::move(prefix));
+  if (!range) return range.error();
+  RangeRequest request;
+  request.key = range->begin();
+  request.range_end = range->end();
+  request.keys_only = true;
+  auto all = detail::read_range(*state_->client, std::move(request), ctx);
+  if (!all) return all.error();
+  std::vector<std::string> keys;
+  for (auto& kv : all->first) {
+    if (range->contains(kv.key)) keys.push_back(kv.key.substr(range->root.size()));
+  }
+  return keys;
+}
+
+COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key, Context ctx) {
+  return watch(std::move(key), WatchOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key,
+                                                                WatchOptions options,
+                                                                Context ctx) {
+  auto plan = detail::config_key_plan(*state_, key, options);
+  if (!plan) return plan.error();
+  return detail::open_watch(*plan, ctx);
+}
+
+COORDINATION_API Result<Subscription> ConfigCenter::watch(
+    std::string key, std::function<void(const ConfigEvent&)> handler, Context ctx) {
+  return watch(std::move(key), std::move(handler), WatchOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<Subscription> ConfigCenter::watch(
+    std::string key, std::function<void(const ConfigEvent&)> handler, WatchOptions options,
+    Context ctx) {
+  auto plan = detail::config_key_plan(*state_, key, options);
+  if (!plan) return plan.error();
+  return detail::subscribe(*plan, std::move(handler), ctx);
+}
+
+COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::string prefix,
+                                                                       Context ctx) {
+  return watch_prefix(std::move(prefix), WatchOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::string prefix,
+                                                                       WatchOptions options,
+                                                                       Context ctx) {
+  auto plan = detail::config_range_plan(*state_, std::move(prefix), options);
+  if (!plan) return plan.error();
+  return detail::open_watch(*plan, ctx);
+}
+
+COORDINATION_API Result<Subscription> ConfigCenter::watch_prefix(
+    std::string prefix, std::function<void(const ConfigEvent&)> handler, Context ctx) {
+  return watch_prefix(std::move(prefix), std::move(handler), WatchOptions{}, std::move(ctx));
+}
+
+COORDINATION_API Result<Subscription> ConfigCenter::watch_prefix(
+    std::string prefix, std::function<void(const ConfigEvent&)> handler, WatchOptions options,
+    Context ctx) {
+  auto plan = detail::config_range_plan(*state_, std::move(prefix), options);
+  if (!plan) return plan.error();
+  return detail::subscribe(*plan, std::move(handler), ctx);
+}
+
+COORDINATION_API Result<ConfigView> ConfigCenter::view(std::string prefix, Context ctx) {
+  auto range = detail::config_range(*state_, std::move(prefix));
+  if (!range) return range.error();
+  WatchRequest request;
+  request.key = range->begin();
+  request.range_end = range->end();
+  auto core = std::make_shared<detail::ViewCore>(state_->client, std::move(request));
+  core->prefix = range->root;
+  core->shows = [range = *range](const std::string& key) { return range.contains(key); };
+  auto started = core->feed->start(core, false, ctx);
+  if (!started) return started.error();
+  return ConfigView(std::move(core));
+}
+
+COORDINATION_API ConfigView::ConfigView(std::shared_ptr<detail::ViewCore> core)
+    : core_(std::move(core)) {}
+
+COORDINATION_API ConfigView& ConfigView::operator=(ConfigView&& other) noexcept {
+  ConfigView old(std::move(*this));
+  core_ = std::move(other.core_);
+  return *this;
+}
+
+COORDINATION_API ConfigView::~ConfigView() {
+  if (core_) core_->close();
+}
+
+COORDINATION_API Result<ConfigEntry> ConfigView::get_entry(const std::string& key) const {
+  auto path = core_->prefix + key;
+  auto kv = core_->feed->look([&](const detail::RangeFeed::Known& known, std::int64_t) {
+    auto it = known.find(path);
+    return it == known.end() ? std::optional<KeyValue>() : it->second;
+  });
+  if (!kv || !core_->shows(path)) return detail::no_config(key);
+  return detail::config_entry(*kv, key);
+}
+
+COORDINATION_API Result<nlohmann::json> ConfigView::get(const std::string& key) const {
+  auto entry = get_entry(key);
+  if (!entry) return entry.error();
+  return std::move(entry->value);
+}
+
+COORDINATION_API std::vector<std::string> ConfigView::keys() const {
+  return core_->feed->look([&](const detail::RangeFeed::Known& known, std::int64_t) {
+    std::vector<std::string> keys;
+    for (auto& entry : known) {
+      if (core_->shows(entry.first)) keys.push_back(entry.first.substr(core_->prefix.size()));
+    }
+    return keys;
+  });
+}
+
+COORDINATION_API std::int64_t ConfigView::revision() const {
+  return core_->feed->look([](const auto&, std::int64_t revision) { return revision; });
+}
+COORDINATION_API bool ConfigView::connected() const { return core_->feed->connected(); }
+COORDINATION_API milliseconds ConfigView::age() const { return core_->feed->age(); }
+COORDINATION_API void ConfigView::on_change(std::function<void()> handler) {
+  core_->set_handler(std::move(handler));
+}
+
+// == 12. Coordinator ============================================================================
+
+COORDINATION_API CoordinatorOptions default_coordinator_options() { return {}; }
+
+namespace detail {
+
+COORDINATION_API bool wants_tls(const TlsOptions& tls) {
+  return !tls.ca_file.empty() || !tls.cert_file.empty();
+}
+
+COORDINATION_API Result<void> validate_retry(const RetryConfig& retry) {
+  if (retry.max_attempts < 0) return invalid("retry_config.max_attempts is negative");
+  if (retry.initial_delay.count() <= 0 || retry.max_delay.count() <= 0) {
+    return invalid("a delay in retry_config is not positive");
+  }
+  if (!(retry.multiplier > 1.0)) return invalid("retry_config.multiplier is not greater than 1");
+  return {};
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<void> validate(const CoordinatorOptions& options) {
+  if (options.endpoints.empty()) return detail::invalid("endpoints is empty");
+  for (auto& endpoint : options.endpoints) {
+    if (detail::normal_endpoint(endpoint, false).empty()) {
+      return detail::invalid("the endpoint \"" + endpoint + "\" is not [http[s]://]host:port");
+    }
+  }
+  if (options.timeout.count() <= 0) return detail::invalid("timeout is not positive");
+  if (options.username.empty() && !options.password.empty()) {
+    return detail::invalid("there is a password without a username");
+  }
+  if (options.tls.cert_file.empty() != options.tls.key_file.empty()) {
+    return detail::invalid("tls.cert_file and tls.key_file are needed together");
+  }
+  auto& prefix = options.key_prefix;
+  if (!prefix.empty() && prefix[0] != '/') return detail::invalid("key_prefix must begin with '/'");
+  if (!prefix.empty()) {
+    auto valid = detail::validate_key(prefix.substr(1), "key_prefix");
+    if (!valid) return valid;
+  }
+  return detail::validate_retry(options.retry_config);
+}
+
+namespace detail {
+
+COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions options) {
+  auto client = std::make_shared<ClientState>();
+  client->log = std::make_shared<const Log>(options.logger);
+  client->transport = options.transport ? options.transport : make_default_transport(options.tls);
+  client->clock = options.clock ? options.clock : std::make_shared<SteadyClock>();
+  std::vector<std::string> urls;
+  for (auto& endpoint : options.endpoints) {
+    auto url = normal_endpoint(endpoint, wants_tls(options.tls));
+    if (std::find(urls.begin(), urls.end(), url) == urls.end()) urls.push_back(std::move(url));
+  }
+  client->members = std::make_unique<Members>(std::move(urls));
+  client->leases = std::make_shared<LeaseKeeper>(client);
+  client->watches = std::make_shared<WatchHub>(client);
+  client->options = std::move(options);
+  client->clock->on_jump([weak = std::weak_ptr<LeaseKeeper>(client->leases)] {
+    auto keeper = weak.lock();
+    if (keeper) keeper->wake();
+    return keeper != nullptr;
+  });
+  return client;
+}
+
+/// Is there an etcd that serves us? A refusal of this one key is a yes.
+COORDINATION_API Result<void> knock(ClientState& client, const Context& ctx) {
+  auto login = client.log_in(ctx);
+  if (!login) return login.error();
+  RangeRequest range;
+  range.key = client.options.key_prefix + "/";
+  range.keys_only = true;
+  auto answer = client.ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read, ctx);
+  if (answer) return {};
+  auto error = answer.error();
+  if (error.cause.find("permission denied") != std::string::npos) return {};
+  if (error.cause.find("user name is empty") != std::string::npos) {
+    error.message = "etcd demands a login: set CoordinatorOptions::username and password";
+  }
+  return error;
+}
+
+COORDINATION_API void close_coordinator(CoordinatorState& state) {
+  auto& client = *state.client;
+  if (client.closing.exchange(true)) return;
+  auto now = steady_clock::now();
+  client.watches->close();
+  for (auto& registration : state.registry->take(nullptr)) registration->quit();
+  client.leases->close(now + milliseconds(700));
+  client.open.cancel();
+  client.executor->stop(now + milliseconds(950));
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions options, Context ctx) {
+  auto valid = validate(options);
+  if (!valid) return valid.error();
+  auto state = std::make_shared<detail::CoordinatorState>();
+  state->client = detail::make_client(std::move(options));
+  state->registry = std::make_shared<detail::RegistryState>();
+  Coordinator coordinator(state);
+  auto served = detail::knock(*state->client, ctx);
+  if (!served) return served.error();
+  (*state->client->log)(LogLevel::Info, "connected", {});
+  return coordinator;
+}
+
+COORDINATION_API Coordinator::Coordinator(std::shared_ptr<detail::CoordinatorState> state)
+    : state_(std::move(state)), lock_(state_), registry_(state_), config_(state_),
+      election_(state_), client_(state_->client) {}
+
+COORDINATION_API Coordinator& Coordinator::operator=(Coordinator&& other) noexcept {
+  Coordinator old(std::move(*this));
+  state_ = std::move(other.state_);
+  lock_ = std::move(other.lock_);
+  registry_ = std::move(other.registry_);
+  config_ = std::move(other.config_);
+  election_ = std::move(other.election_);
+  client_ = std::move(other.client_);
+  return *this;
+}
+
+COORDINATION_API Coordinator::~Coordinator() { static_cast<void>(close()); }
+
+COORDINATION_API Result<void> Coordinator::close() {
+  if (state_) detail::close_coordinator(*state_);
+  return {};
+}
+
+// == 13. Globals ================================================================================
+
+namespace detail {
+
+struct Globals {
+  std::mutex mutex;
+  CoordinatorOptions options{default_coordinator_options()};
+  std::shared_ptr<Coordinator> coordinator;
+};
+
+COORDINATION_API Globals& globals() {
+  static Globals globals;
+  return globals;
+}
+
+/// Calls `fn` with the default Coordinator.
+template <class Fn>
+auto with_default(Fn&& fn) -> decltype(fn(std::declval<Coordinator&>())) {
+  auto coordinator = default_coordinator();
+  if (!coordinator) return coordinator.error();
+  return fn(**coordinator);
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<void> set_default_options(CoordinatorOptions options) {
+  auto valid = validate(options);
+  if (!valid) return valid;
+  auto& globals = detail::globals();
+  std::lock_guard<std::mutex> lock(globals.mutex);
+  if (globals.coordinator) {
+    return detail::make_error(ErrorCode::Conflict, "the default coordinator is in use");
+  }
+  globals.options = std::move(options);
+  return {};
+}
+
+COORDINATION_API Result<std::shared_ptr<Coordinator>> default_coordinator() {
+  auto& globals = detail::globals();
+  std::lock_guard<std::mutex> lock(globals.mutex);
+  if (globals.coordinator) return globals.coordinator;
+  auto coordinator = Coordinator::connect(globals.options);
+  if (!coordinator) return coordinator.error();
+  globals.coordinator = std::make_shared<Coordinator>(std::move(*coordinator));
+  return globals.coordinator;
+}
+
+COORDINATION_API Result<void> close() {
+  std::shared_ptr<Coordinator> coordinator;
+  auto& globals = detail::globals();
+  {
+    std::lock_guard<std::mutex> lock(globals.mutex);
+    coordinator.swap(globals.coordinator);
+  }
+  if (!coordinator) return {};
+  return coordinator->close();
+}
+
+COORDINATION_API Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.lock().acquire(key, ttl, ctx); });
+}
+
+COORDINATION_API Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
+}
+
+COORDINATION_API Result<void> register_service(ServiceInfo service, Context ctx) {
+  return detail::with_default(
+      [&](Coordinator& c) { return c.registry().register_service(service, ctx); });
+}
+
+COORDINATION_API Result<void> unregister_service(std::string id, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.registry().unregister(id, ctx); });
+}
+
+COORDINATION_API Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.registry().discover(name, ctx); });
+}
+
+COORDINATION_API Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.registry().watch(name, ctx); });
+}
+
+COORDINATION_API Result<Subscription> watch_services(
+    std::string name, std::function<void(const ServiceEvent&)> handler, Context ctx) {
+  return detail::with_default(
+      [&](Coordinator& c) { return c.registry().watch(name, handler, ctx); });
+}
+
+COORDINATION_API Result<nlohmann::json> get_config(std::string key, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.config().get(key, ctx); });
+}
+
+COORDINATION_API Result<void> set_config(std::string key, const nlohmann::json& value,
+                                         Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.config().set(key, value, ctx); });
+}
+
+COORDINATION_API Result<void> delete_config(std::string key, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.config().remove(key, ctx); });
+}
+
+COORDINATION_API Result<Watch<ConfigEvent>> watch_config(std::string key, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.config().watch(key, ctx); });
+}
+
+COORDINATION_API Result<Subscription> watch_config(
+    std::string key, std::function<void(const ConfigEvent&)> handler, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.config().watch(key, handler, ctx); });
+}
+
+COORDINATION_API Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx) {
+  return detail::with_default([&](Coordinator& c) { return c.config().list(prefix, ctx); });
+}
+
+}  // namespace v0
+}  // namespace coordination
+
+#endif  // COORDINATION_IMPLEMENTED
+#endif  // COORDINATION_HEADER_ONLY || COORDINATION_IMPLEMENTATION
