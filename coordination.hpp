@@ -1058,9 +1058,9 @@ class ConfigCenter {
   Result<nlohmann::json> get(std::string key, Context ctx = {});
   Result<ConfigEntry> get_entry(std::string key, Context ctx = {});
   /// As a C++ type. Errors: Validation if the value is not of that type.
-  template <class T, class Json = nlohmann::json>
+  template <class T, class Self = ConfigCenter>  // a Self: so that json need not be complete here
   Result<T> get_as(std::string key, Context ctx = {}) {
-    Result<Json> json = get(key, std::move(ctx));
+    auto json = static_cast<Self&>(*this).get(key, std::move(ctx));
     if (!json) return json.error();
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
     try {
@@ -1683,7 +1683,7 @@ class Timer {
     if (!shared_->running) {
       shared_->running = true;
       lane_->post([shared = shared_] { run(*shared); });
-    } else if (first) {
+    } else if (first && time < shared_->sleeps_until) {
       shared_->changed.notify_one();
     }
     return id;
@@ -1713,6 +1713,7 @@ class Timer {
     std::mutex mutex;
     std::condition_variable changed;
     std::map<Id, Task> tasks;
+    SteadyTime sleeps_until{SteadyTime::max()};  // a cancelled task may have been the first
     std::uint64_t last_id{0};
     bool running{false}, stopped{false};
   };
@@ -1720,10 +1721,12 @@ class Timer {
   static void run(Shared& shared) {
     std::unique_lock<std::mutex> lock(shared.mutex);
     while (!shared.stopped) {
+      shared.sleeps_until = shared.tasks.empty() ? SteadyTime::max()
+                                                 : shared.tasks.begin()->first.first;
       if (shared.tasks.empty()) {
         shared.changed.wait(lock);
-      } else if (shared.tasks.begin()->first.first > steady_clock::now()) {
-        auto next = shared.tasks.begin()->first.first;
+      } else if (shared.sleeps_until > steady_clock::now()) {
+        auto next = shared.sleeps_until;
         shared.changed.wait_until(lock, next);
       } else {
         auto node = shared.tasks.extract(shared.tasks.begin());
@@ -2868,7 +2871,7 @@ COORDINATION_API const Rule* find_rule(const std::string& message) {
       {"too many requests", Code::Unavailable, Next::Wait, false, false},
       {"database space exceeded", Code::Unavailable, Next::Stop, false, false},
       {"required revision has been compacted", Code::Compacted, Next::Stop, false, false},
-      {"is a future revision", Code::Unavailable, Next::Wait, false, false},
+      {"is a future revision", Code::Validation, Next::Wait, false, false},
       {"lease not found", Code::NotFound, Next::Stop, false, false},
       {"lease already exists", Code::Conflict, Next::Stop, false, false},
       {"request timed out", Code::Unavailable, Next::OtherMember, true, true},
@@ -2919,6 +2922,17 @@ COORDINATION_API Verdict judge_error(const wire::EtcdError& error, const std::st
   return verdict;
 }
 
+/// The beginning of an answer that is not etcd's. What looks like JSON is not shown: there may be a
+/// value in it.
+COORDINATION_API std::string excerpt(std::string_view body) {
+  auto first = body.find_first_not_of(" \t\r\n");
+  if (first == std::string_view::npos) return "nothing";
+  if (body[first] == '{' || body[first] == '[') {
+    return "malformed JSON of " + std::to_string(body.size()) + " bytes";
+  }
+  return "\"" + std::string(body.substr(first, 120)) + "\"";
+}
+
 /// An answer with an HTTP status that is no success.
 COORDINATION_API Verdict judge_status(const HttpResponse& response, const std::string& endpoint) {
   auto etcd = wire::decode_error_body(response.body);
@@ -2934,9 +2948,8 @@ COORDINATION_API Verdict judge_status(const HttpResponse& response, const std::s
   auto hint = response.status == 404 ? ": its JSON gateway is off (enable-grpc-gateway), or this is"
                                        " another server"
                                      : ": this is no etcd, or a proxy before it";
-  auto body = response.body.substr(0, 120);
   verdict.error = make_error(ErrorCode::Unavailable, endpoint + " did not answer as etcd does",
-                             status + hint + (body.empty() ? "" : "; it said: " + body));
+                             status + hint + "; it said " + excerpt(response.body));
   verdict.applied_unknown = response.status >= 500;
   return verdict;
 }
@@ -2952,7 +2965,7 @@ COORDINATION_API Verdict judge_transport(const Error& error) {
 
 COORDINATION_API Error not_etcd(const std::string& endpoint, std::string_view body) {
   return make_error(ErrorCode::Internal, endpoint + " did not answer as etcd does",
-                    "not a reply of etcd's JSON gateway: " + std::string(body.substr(0, 120)),
+                    "not a reply of etcd's JSON gateway, but " + excerpt(body),
                     Outcome::MaybeApplied);
 }
 
@@ -3135,7 +3148,10 @@ struct Attempts {
     std::uint64_t generation = 0;
     if (with_token && !client.options.username.empty()) {
       auto login = client.log_in(join_contexts({&ctx}, deadline));
-      if (!login) return verdict = {login.error(), Verdict::Next::Stop, false, false}, login.error();
+      if (!login) {
+        verdict = {login.error(), Verdict::Next::Stop, false, false};
+        return login.error();
+      }
       token = login->token;
       generation = login->generation;
     }
@@ -3144,6 +3160,7 @@ struct Attempts {
     // A transport that overruns its deadline is cancelled.
     auto late = context.deadline().value_or(deadline) + milliseconds(20);
     auto watchdog = client.executor->timer.at(late, [context] { context.cancel(); });
+    auto sent = steady_clock::now();
     auto response = client.transport->perform(client.request(member, path, body, token), nullptr,
                                               context);
     client.executor->timer.cancel(watchdog);
@@ -3152,6 +3169,12 @@ struct Attempts {
       return Reply{std::move(response->body), client.members->url(member), maybe};
     }
     judge(response, member, generation);
+    // A short deadline says nothing about the member.
+    bool hasty = !response && steady_clock::now() - sent < milliseconds(200) &&
+                 response.error().code == ErrorCode::Timeout;
+    if (hasty) verdict.member_failed = false;
+    if (verdict.member_failed) client.members->failed(member);
+    if (response && !verdict.member_failed) client.members->succeeded(member);
     return verdict.error;
   }
 
@@ -3167,8 +3190,7 @@ struct Attempts {
     } else {
       verdict = judge_status(*response, client.members->url(member));
     }
-    if (verdict.member_failed && !ours) client.members->failed(member);
-    if (!verdict.member_failed) client.members->succeeded(member);
+    if (ours) verdict.member_failed = false;
     if (verdict.next == Verdict::Next::Login) client.token_died(generation);
   }
 
@@ -3782,7 +3804,10 @@ COORDINATION_API void LeaseKeeper::tick() {
   std::optional<SteadyTime> next;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& entry : leases_) next = std::min(next.value_or(entry.second->due), entry.second->due);
+    for (auto& entry : leases_) {
+      auto its = entry.second->due;
+      next = std::min(next.value_or(its), its);
+    }
   }
   if (next) schedule(std::max(real_time(*next, *client->clock), steady_clock::now() + kWindow));
 }
@@ -3985,7 +4010,8 @@ COORDINATION_API void LeaseKeeper::sweep() {
   bool reachable = true;
   std::vector<Doomed> again;
   for (auto& doomed : now_due) {
-    bool done = reachable && revoke(doomed.id, Context::with_timeout(milliseconds(800))).has_value();
+    auto quick = Context::with_timeout(milliseconds(800));
+    bool done = reachable && revoke(doomed.id, quick).has_value();
     reachable = reachable && done;
     if (done && doomed.granted) continue;
     doomed.next = steady_clock::now() + milliseconds(1000);
@@ -4604,8 +4630,8 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
   streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
   if (merging_ == stream) merging_.reset();
   stream->victims.clear();
-  auto ctx = stream->ctx;
-  if (auto client = client_.lock()) client->executor->timer.after(milliseconds(0), [ctx] { ctx.cancel(); });
+  auto client = client_.lock();
+  if (client) client->executor->timer.after(milliseconds(0), [ctx = stream->ctx] { ctx.cancel(); });
 }
 
 /// The watch leaves all streams; a stream that has none left ends. Under the mutex.
@@ -5013,10 +5039,14 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   }
 
   Result<WatchEvent> next(const Context& ctx) {
-    bool ready = gate_.wait(ctx, [&] { return !events_.empty() || end_; });
     auto event = take();
     if (event) return std::move(*event);
-    if (!ready) return context_error(ctx, "there was no event");
+    auto& open = feed_->client()->open;
+    auto both = join_contexts({&ctx, &open});
+    bool ready = gate_.wait(both, [&] { return !events_.empty() || end_; });
+    event = take();
+    if (event) return std::move(*event);
+    if (!ready) return open.cancelled() ? closed_error() : context_error(ctx, "there was no event");
     std::lock_guard<std::mutex> lock(gate_.mutex);
     return *end_;
   }
@@ -5325,15 +5355,26 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     if (phase != Phase::Held) client->watches->remove(hub_id);
   }
 
-  void lost(const std::string& why) {
+  void lost(const std::string& why, ErrorCode code = ErrorCode::Lost) {
     auto held = Phase::Held;
     if (!phase.compare_exchange_strong(held, Phase::Lost)) return;
     client->watches->remove(hub_id);
-    auto error = make_error(ErrorCode::Lost, key + " is lost", why);
+    auto error = make_error(code, key + " is lost", why);
     (*client->log)(LogLevel::Warn, "a key that was ours is lost", {{"key", key}, {"why", why}});
     give_up_leases();
     loss.fire(error);
     if (on_loss) on_loss(error);
+  }
+
+  /// The key may be on its way to another lease, which is ours, too.
+  void set_spare(LeasePtr other) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (spare && spare != other) client->leases->drop(spare);
+    spare = std::move(other);
+  }
+  LeasePtr take_spare() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return std::exchange(spare, nullptr);
   }
 
   void give_up_leases() {
@@ -5348,11 +5389,15 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     for (auto& event : events) {
       if (event.type == EventType::Delete) {
         lost("the key was deleted");
-      } else if (others_may_put && event.kv.lease != present_lease()->id) {
-        lost("the key was replaced");
+      } else if (!is_ours(event.kv.lease)) {
+        lost("the key was replaced", ErrorCode::Conflict);
       }
     }
     return true;
+  }
+  bool is_ours(std::int64_t lease_id) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return lease->id == lease_id || (spare && spare->id == lease_id);
   }
   bool ready() override { return true; }
   void progress(std::int64_t) override {}
@@ -5456,10 +5501,11 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
       lost("the key was deleted");
       return lost_error();
     }
-    // It may hang on either: both are kept alive.
-    std::lock_guard<std::mutex> lock(mutex);
-    if (spare) client->leases->drop(spare);
-    spare = *fresh;
+    if (done.error().outcome == Outcome::NotApplied) {
+      client->leases->drop(*fresh);
+    } else {
+      set_spare(*fresh);  // the key may hang on either: both are kept alive
+    }
     return done.error();
   }
 
@@ -5509,6 +5555,8 @@ class Contender {
   Result<OwnedKeyPtr> try_acquire(const Context& ctx);
 
  private:
+  static constexpr std::chrono::seconds kPatience{15};
+
   enum class Place { Head, Behind, Gone };
   struct Turn {
     Place place{Place::Gone};
@@ -5691,7 +5739,10 @@ COORDINATION_API Result<Contender::Turn> Contender::look(const Context& ctx) {
 
 COORDINATION_API Result<Contender::Turn> Contender::wait(const Turn& turn, const Context& ctx) {
   auto waiting = join_contexts({&ctx, &client_->open, &lease_->life});
-  auto next = wait_on_stream(turn, waiting);
+  // Looks again now and then: the stream may be to a member that is frozen.
+  auto patience = join_contexts({&waiting}, steady_clock::now() + kPatience);
+  auto next = wait_on_stream(turn, patience);
+  if (!next && patience.done() && !waiting.done()) next = look(waiting);
   if (lease_->life.cancelled() || !lease_->held()) return Turn{};
   if (ctx.done()) return context_error(ctx, "the lock was not acquired", "somebody else holds it");
   if (client_->open.cancelled()) return closed_error();
@@ -6094,11 +6145,14 @@ class Registration : public std::enable_shared_from_this<Registration> {
     auto lease = same_lease ? Result<LeasePtr>(old->present_lease())
                             : client_->leases->grant(service.ttl, ctx);
     if (!lease) return lease.error();
+    if (old && !same_lease) old->set_spare(*lease);
     Txn txn;
     txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
     auto done = client_->commit(txn, Safety::Idempotent, ctx);
+    if (old && (done || done.error().outcome == Outcome::NotApplied)) old->take_spare();
     if (!done) {
-      if (!same_lease) client_->leases->drop(*lease);
+      bool kept = old && old->held() && done.error().outcome == Outcome::MaybeApplied;
+      if (!same_lease && !kept) client_->leases->drop(*lease);
       return done.error();
     }
     {
@@ -6148,7 +6202,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
       std::lock_guard<std::mutex> lock(mutex_);
       if (ended_ || owned_.get() != which) return;
     }
-    if (error.cause == "the key was replaced") return tell(RegistrationEvent::Replaced);
+    if (error.code == ErrorCode::Conflict) return tell(RegistrationEvent::Replaced);
     tell(RegistrationEvent::Lost);
     heal_later(milliseconds(0));
   }
