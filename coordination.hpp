@@ -71,7 +71,7 @@
 #include <variant>
 #include <vector>
 
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json_fwd.hpp>  // who uses values of ConfigCenter includes <nlohmann/json.hpp>
 
 namespace coordination {
 inline namespace v0 {
@@ -106,8 +106,8 @@ enum class Outcome { NotApplied, MaybeApplied };
 /// Why a call failed.
 struct Error {
   ErrorCode code{ErrorCode::Internal};
-  std::string message;                   // what could not be done
-  std::string cause;                     // why, in the words of etcd or of the system; may be empty
+  std::string message{};                 // what could not be done
+  std::string cause{};                   // why, in the words of etcd or of the system; may be empty
   Outcome outcome{Outcome::NotApplied};  // of a write
   std::int64_t revision{0};              // of Compacted: the oldest revision still there
 };
@@ -353,15 +353,15 @@ struct RetryConfig {
 struct CoordinatorOptions {
   // [http[s]://]host:port, [::1]:port; without a scheme https if `tls` names a file, else http
   std::vector<std::string> endpoints{"localhost:2379"};
-  std::string username;          // empty = no login
-  std::string password;
+  std::string username{};        // empty = no login
+  std::string password{};
   milliseconds timeout{5000};    // of a call whose Context has no deadline
-  RetryConfig retry_config;
-  TlsOptions tls;
-  std::string key_prefix;        // put before "/locks", "/services", "/config", "/elections"
-  Logger logger;                 // none = silent
-  std::shared_ptr<Transport> transport;  // none = make_default_transport(tls)
-  std::shared_ptr<Clock> clock;          // none = the steady clock
+  RetryConfig retry_config{};
+  TlsOptions tls{};
+  std::string key_prefix{};      // put before "/locks", "/services", "/config", "/elections"
+  Logger logger{};               // none = silent
+  std::shared_ptr<Transport> transport{};  // none = make_default_transport(tls)
+  std::shared_ptr<Clock> clock{};          // none = the steady clock
 };
 
 /// A key as etcd keeps it. Keys and values are bytes.
@@ -954,6 +954,8 @@ class ServiceView {
   Result<ServiceInfo> pick(Pick how = Pick::RoundRobin);
   /// The revision that instances() stands for.
   std::int64_t revision() const;
+  /// Blocks: until the view shows a change of this revision or a later one; for one's own writes.
+  Result<void> wait_for(std::int64_t revision, Context ctx = {}) const;
   /// True while a stream to etcd is open; false = what is shown may be old.
   bool connected() const;
   /// How long ago etcd was last heard of; zero while connected.
@@ -1019,6 +1021,27 @@ struct BasicConfigEntry {
 };
 using ConfigEntry = BasicConfigEntry<nlohmann::json>;
 
+namespace detail {
+
+Error conversion_error(const std::string& key, const char* what);
+
+/// A JSON value as a T.
+template <class T, class Json>
+Result<T> convert(const Json& json, const std::string& key) {
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+  try {
+    return json.template get<T>();
+  } catch (const std::exception& e) {
+    return conversion_error(key, e.what());
+  }
+#else
+  static_cast<void>(key);
+  return json.template get<T>();
+#endif
+}
+
+}  // namespace detail
+
 /// The configuration under a prefix, kept up to date. Move-only.
 class ConfigView {
  public:
@@ -1029,9 +1052,17 @@ class ConfigView {
   /// Local: no request is sent. Errors: NotFound.
   Result<nlohmann::json> get(const std::string& key) const;
   Result<ConfigEntry> get_entry(const std::string& key) const;
+  template <class T, class Self = ConfigView>
+  Result<T> get_as(const std::string& key) const {
+    auto json = static_cast<const Self&>(*this).get(key);
+    if (!json) return json.error();
+    return detail::convert<T>(*json, key);
+  }
   std::vector<std::string> keys() const;
   /// The revision that all of it stands for.
   std::int64_t revision() const;
+  /// As ServiceView's.
+  Result<void> wait_for(std::int64_t revision, Context ctx = {}) const;
   /// As ServiceView's.
   bool connected() const;
   milliseconds age() const;
@@ -1042,10 +1073,6 @@ class ConfigView {
  private:
   std::shared_ptr<detail::ViewCore> core_;
 };
-
-namespace detail {
-Error conversion_error(const std::string& key, const char* what);
-}
 
 /// Configuration by key, under `<key_prefix>/config/<key>`. Keys are as for DistributedLock.
 ///
@@ -1062,15 +1089,7 @@ class ConfigCenter {
   Result<T> get_as(std::string key, Context ctx = {}) {
     auto json = static_cast<Self&>(*this).get(key, std::move(ctx));
     if (!json) return json.error();
-#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
-    try {
-      return json->template get<T>();
-    } catch (const std::exception& e) {
-      return detail::conversion_error(key, e.what());
-    }
-#else
-    return json->template get<T>();
-#endif
+    return detail::convert<T>(*json, key);
   }
 
   /// Errors: Validation if a string in it is not UTF-8, or it is over etcd's limit of 1.5 MiB.
@@ -1289,6 +1308,7 @@ class MemoryEtcd : public Transport {
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <deque>
 #include <list>
 #include <mutex>
@@ -1308,6 +1328,7 @@ class MemoryEtcd : public Transport {
 #if defined(_WIN32)
 #include <winsock2.h>
 #else
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
@@ -1410,6 +1431,9 @@ namespace detail {
 using SteadyTime = std::chrono::steady_clock::time_point;
 using Task = std::function<void()>;
 using std::chrono::steady_clock;
+
+/// No deadline is later: sums of times do not overflow.
+inline constexpr milliseconds kLongest = std::chrono::hours(24 * 365);
 
 struct ContextState {
   std::mutex mutex;
@@ -1565,7 +1589,16 @@ class Backoff {
 
 class SteadyClock : public Clock {
  public:
-  time_point now() const override { return steady_clock::now(); }
+  time_point now() const override {
+#if defined(CLOCK_BOOTTIME)
+    timespec time;  // the steady clock of Linux stands still while the machine is suspended
+    if (clock_gettime(CLOCK_BOOTTIME, &time) == 0) {
+      auto since = std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+      return time_point(std::chrono::duration_cast<time_point::duration>(since));
+    }
+#endif
+    return steady_clock::now();
+  }
 };
 
 /// A queue of tasks and at most so many threads for them, which come when they are needed and
@@ -1878,13 +1911,13 @@ class LossSignal {
 COORDINATION_API Context::Context() : state_(std::make_shared<detail::ContextState>()) {}
 
 COORDINATION_API Context Context::with_timeout(milliseconds timeout) {
-  auto now = std::chrono::steady_clock::now();
-  auto most = std::chrono::hours(24 * 365);  // so that `now + timeout` cannot overflow
-  return with_deadline(now + std::min<std::chrono::nanoseconds>(timeout, most));
+  return with_deadline(std::chrono::steady_clock::now() +
+                       std::clamp(timeout, -detail::kLongest, detail::kLongest));
 }
 
 COORDINATION_API Context Context::with_deadline(std::chrono::steady_clock::time_point deadline) {
-  return detail::join_contexts({}, deadline);
+  auto latest = std::chrono::steady_clock::now() + detail::kLongest;
+  return detail::join_contexts({}, std::min(deadline, latest));
 }
 
 COORDINATION_API Context Context::child_of(const Context& parent) {
@@ -1942,7 +1975,7 @@ COORDINATION_API Logger stderr_logger(LogLevel minimum) {
 struct ManualClock::State {
   std::mutex mutex;
   time_point now{std::chrono::steady_clock::now()};
-  std::vector<std::function<bool()>> listeners;
+  std::vector<std::shared_ptr<std::function<bool()>>> listeners;
 };
 
 COORDINATION_API ManualClock::ManualClock() : state_(std::make_shared<State>()) {}
@@ -1954,20 +1987,22 @@ COORDINATION_API Clock::time_point ManualClock::read() const {
 
 COORDINATION_API void ManualClock::listen(std::function<bool()> wake) {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->listeners.push_back(std::move(wake));
+  state_->listeners.push_back(std::make_shared<std::function<bool()>>(std::move(wake)));
 }
 
 COORDINATION_API void ManualClock::advance(milliseconds by) {
-  std::vector<std::function<bool()>> listeners;
+  std::vector<std::shared_ptr<std::function<bool()>>> told, gone;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     state_->now += by;
-    listeners.swap(state_->listeners);
+    told = state_->listeners;
   }
-  auto dead = [](auto& wake) { return !wake(); };
-  listeners.erase(std::remove_if(listeners.begin(), listeners.end(), dead), listeners.end());
+  for (auto& wake : told) {
+    if (!(*wake)()) gone.push_back(wake);
+  }
   std::lock_guard<std::mutex> lock(state_->mutex);
-  for (auto& wake : listeners) state_->listeners.push_back(std::move(wake));
+  auto& all = state_->listeners;
+  for (auto& wake : gone) all.erase(std::remove(all.begin(), all.end(), wake), all.end());
 }
 
 // == 3. Wire ====================================================================================
@@ -2443,9 +2478,29 @@ COORDINATION_API std::string encode_service(const ServiceInfo& service) {
                {"ttl", ttl}});
 }
 
+/// Whether the member is missing, null, or what `is` says.
+template <class Is>
+bool absent_or(const Json& object, const char* name, Is is) {
+  const Json& value = member(object, name);
+  return value.is_null() || is(value);
+}
+
+/// What Go's decoder would refuse is no record.
+COORDINATION_API bool is_service(const Json& json) {
+  auto is_string = [](const Json& value) { return value.is_string(); };
+  auto is_integer = [](const Json& value) { return value.is_number_integer(); };
+  auto are_strings = [&](const Json& value) {
+    return value.is_object() && std::all_of(value.begin(), value.end(), is_string);
+  };
+  return json.is_object() && absent_or(json, "id", is_string) &&
+         absent_or(json, "name", is_string) && absent_or(json, "address", is_string) &&
+         absent_or(json, "port", is_integer) && absent_or(json, "ttl", is_integer) &&
+         absent_or(json, "metadata", are_strings);
+}
+
 COORDINATION_API std::optional<ServiceInfo> decode_service(std::string_view record) {
   auto json = parse(record);
-  if (!json || !json->is_object()) return std::nullopt;
+  if (!json || !is_service(*json)) return std::nullopt;
   ServiceInfo service;
   service.id = text(*json, "id");
   service.name = text(*json, "name");
@@ -2453,25 +2508,34 @@ COORDINATION_API std::optional<ServiceInfo> decode_service(std::string_view reco
   auto port = number(*json, "port");
   if (service.id.empty() || service.name.empty() || port < 0 || port > 65535) return std::nullopt;
   service.port = static_cast<int>(port);
-  service.ttl = std::chrono::duration_cast<milliseconds>(
-      std::chrono::nanoseconds(number(*json, "ttl")));
+  auto ttl = std::chrono::nanoseconds(number(*json, "ttl"));
+  service.ttl = std::chrono::duration_cast<milliseconds>(ttl);
   const Json& metadata = member(*json, "metadata");
-  for (auto it = metadata.begin(); metadata.is_object() && it != metadata.end(); ++it) {
-    service.metadata[it.key()] = it->is_string() ? it->get<std::string>() : dump(*it);
+  for (auto it = metadata.begin(); it != metadata.end(); ++it) {
+    service.metadata[it.key()] = it->get<std::string>();
   }
   return service;
 }
 
+COORDINATION_API bool deeper(const Json& json, int limit) {
+  if (!json.is_structured()) return false;
+  return limit == 0 || std::any_of(json.begin(), json.end(), [&](const Json& child) {
+           return deeper(child, limit - 1);
+         });
+}
+
 /// Empty if it is no JSON value, or one that cannot be read back.
 COORDINATION_API std::optional<std::string> encode_config(const Json& value) {
-  if (value.is_string()) {
-    const auto& raw = value.get_ref<const std::string&>();
-    if (!parse(raw)) return raw;
-  }
-  if (value.is_binary() || value.is_discarded()) return std::nullopt;
+  if (value.is_discarded() || deeper(value, kMaxDepth)) return std::nullopt;
   std::string text;
   auto thrown = guarded([&] { text = value.dump(); });  // of a string that is not UTF-8
-  if (thrown || !parse(text)) return std::nullopt;
+  if (thrown) return std::nullopt;
+  if (value.is_string()) {
+    const auto& raw = value.get_ref<const std::string&>();
+    return parse(raw) ? text : raw;
+  }
+  auto back = parse(text);  // NaN and binary change on the way
+  if (!back || *back != value) return std::nullopt;
   return text;
 }
 
@@ -2481,6 +2545,453 @@ COORDINATION_API Json decode_config(const std::string& bytes) {
 }
 
 }  // namespace detail::wire
+
+// The gateway's half: what MemoryEtcd reads and writes.
+
+namespace detail::wire::gateway {
+
+/// An answer of etcd's that is an error.
+struct Refusal {
+  int status;  // of HTTP
+  int code;    // of gRPC
+  const char* message;
+};
+
+namespace refused {
+inline constexpr Refusal bad_json{400, 3, "proto: syntax error, or a field of the wrong type"};
+inline constexpr Refusal empty_key{400, 3, "etcdserver: key is not provided"};
+inline constexpr Refusal empty_user{400, 3, "etcdserver: user name is empty"};
+inline constexpr Refusal key_not_found{400, 3, "etcdserver: key not found"};
+inline constexpr Refusal value_given{400, 3, "etcdserver: value is provided"};
+inline constexpr Refusal lease_given{400, 3, "etcdserver: lease is provided"};
+inline constexpr Refusal duplicate_key{400, 3, "etcdserver: duplicate key given in txn request"};
+inline constexpr Refusal too_many_ops{400, 3, "etcdserver: too many operations in txn request"};
+inline constexpr Refusal too_large{400, 3, "etcdserver: request is too large"};
+inline constexpr Refusal far_too_large{429, 8, "grpc: received message larger than max"};
+inline constexpr Refusal wrong_password{
+    400, 3, "etcdserver: authentication failed, invalid user ID or password"};
+inline constexpr Refusal not_found{404, 5, "Not Found"};
+inline constexpr Refusal lease_not_found{404, 5, "etcdserver: requested lease not found"};
+inline constexpr Refusal denied{403, 7, "etcdserver: permission denied"};
+inline constexpr Refusal lease_exists{400, 9, "etcdserver: lease already exists"};
+inline constexpr Refusal auth_is_off{400, 9, "etcdserver: authentication is not enabled"};
+inline constexpr Refusal compacted{400, 11,
+                                   "etcdserver: mvcc: required revision has been compacted"};
+inline constexpr Refusal future{400, 11,
+                                "etcdserver: mvcc: required revision is a future revision"};
+inline constexpr Refusal ttl_too_large{400, 11, "etcdserver: too large lease TTL"};
+inline constexpr Refusal no_leader{503, 14, "etcdserver: no leader"};
+inline constexpr Refusal bad_token{401, 16, "etcdserver: invalid auth token"};
+}  // namespace refused
+
+// Requests and answers that Part B has no struct for.
+struct CompactRequest {
+  std::int64_t revision{0};
+};
+struct GrantRequest {
+  std::int64_t id{0};
+  std::int64_t ttl{0};  // seconds, as all of etcd's
+};
+struct RevokeRequest {
+  std::int64_t id{0};
+};
+struct KeepAliveRequest {
+  std::int64_t id{0};
+};
+struct TimeToLiveRequest {
+  std::int64_t id{0};
+  bool keys{false};
+};
+struct LeasesRequest {};
+struct StatusRequest {};
+struct LoginRequest {
+  std::string name;
+  std::string password;
+};
+struct WatchCreate {
+  std::int64_t id{0};
+  std::string key;
+  std::string range_end;
+  std::int64_t start_revision{0};
+  bool prev_kv{false};
+  bool no_put{false}, no_delete{false};
+};
+/// One object in the body of a watch request.
+struct WatchOrder {
+  std::optional<WatchCreate> create;
+  std::optional<std::int64_t> cancel;
+  bool progress{false};
+};
+
+struct EmptyResponse {
+  std::int64_t revision{0};
+};
+struct LeaseResponse {
+  std::int64_t revision{0};
+  std::int64_t id{0};
+  std::int64_t ttl{0};  // of a lease that is gone: -1 from timetolive, 0 from keepalive
+  std::int64_t granted_ttl{0};
+  std::vector<std::string> keys{};
+};
+struct LeasesResponse {
+  std::int64_t revision{0};
+  std::vector<std::int64_t> ids;
+};
+struct LoginResponse {
+  std::int64_t revision{0};
+  std::string token;
+};
+
+/// What happened to a key at kv->mod_revision. A deletion has version 0.
+struct Change {
+  std::shared_ptr<const KeyValue> kv;
+  std::shared_ptr<const KeyValue> prev;  // null if there was none
+};
+/// One line of a watch stream.
+struct StreamLine {
+  std::int64_t revision{0};
+  std::int64_t watch_id{0};
+  bool created{false}, canceled{false};
+  std::string reason{};
+  std::int64_t compact_revision{0};
+  bool prev_kv{false};  // whether `changes` are to be written with their prev
+  std::vector<Change> changes{};
+};
+
+/// An enum, by name or number. An unknown name is 0: so it is in etcd 3.5.
+COORDINATION_API int choice(const Json& value, std::initializer_list<const char*> names) {
+  if (value.is_number_integer()) return value.get<int>();
+  int index = 0;
+  for (const char* name : names) {
+    if (value == name) return index;
+    ++index;
+  }
+
+  return 0;
+}
+
+COORDINATION_API void decode(const Json& json, RangeRequest& to) {
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.limit = number(json, "limit");
+  to.revision = number(json, "revision");
+  to.sort_order = SortOrder(choice(member(json, "sort_order"), {"NONE", "ASCEND", "DESCEND"}));
+  to.sort_target =
+      SortTarget(choice(member(json, "sort_target"), {"KEY", "VERSION", "CREATE", "MOD", "VALUE"}));
+  to.keys_only = flag(json, "keys_only");
+  to.count_only = flag(json, "count_only");
+  to.min_mod_revision = number(json, "min_mod_revision");
+  to.max_mod_revision = number(json, "max_mod_revision");
+  to.min_create_revision = number(json, "min_create_revision");
+  to.max_create_revision = number(json, "max_create_revision");
+}
+
+COORDINATION_API void decode(const Json& json, PutRequest& to) {
+  to.key = bytes(json, "key");
+  to.value = bytes(json, "value");
+  to.lease = number(json, "lease");
+  to.prev_kv = flag(json, "prev_kv");
+  to.ignore_value = flag(json, "ignore_value");
+  to.ignore_lease = flag(json, "ignore_lease");
+}
+
+COORDINATION_API void decode(const Json& json, RemoveRequest& to) {
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.prev_kv = flag(json, "prev_kv");
+}
+
+COORDINATION_API void decode(const Json& json, Compare& to) {
+  static constexpr const char* kFields[] = {"version", "create_revision", "mod_revision", "value",
+                                            "lease"};
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.is = Compare::Is(choice(member(json, "result"), {"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}));
+  const int target = choice(member(json, "target"), {"VERSION", "CREATE", "MOD", "VALUE", "LEASE"});
+  to.target = Compare::Target(target);
+  to.bytes = bytes(json, "value");
+  if (target >= 0 && target < 5) to.number = number(json, kFields[target]);
+}
+
+COORDINATION_API void decode(const Json& json, Txn& to);
+
+template <class Request>
+Request decode_as(const Json& json) {
+  Request request;
+  decode(json, request);
+  return request;
+}
+
+/// An operation of no known kind becomes a Txn that is null.
+COORDINATION_API Op decode_op(const Json& json) {
+  const auto field = [&json](const char* name) -> const Json& { return member(json, name); };
+  const Json& range = field("request_range");
+  if (!range.is_null()) return {decode_as<RangeRequest>(range)};
+  const Json& put = field("request_put");
+  if (!put.is_null()) return {decode_as<PutRequest>(put)};
+  const Json& remove = field("request_delete_range");
+  if (!remove.is_null()) return {decode_as<RemoveRequest>(remove)};
+  const Json& txn = field("request_txn");
+  if (!txn.is_null()) return {std::make_shared<const Txn>(decode_as<Txn>(txn))};
+  return {std::shared_ptr<const Txn>()};
+}
+
+COORDINATION_API void decode(const Json& json, Txn& to) {
+  for (const Json& compare : member(json, "compare")) to.when(decode_as<Compare>(compare));
+  for (const Json& op : member(json, "success")) to.then(decode_op(op));
+  for (const Json& op : member(json, "failure")) to.otherwise(decode_op(op));
+}
+
+COORDINATION_API void decode(const Json& json, CompactRequest& to) {
+  to.revision = number(json, "revision");
+}
+
+COORDINATION_API void decode(const Json& json, GrantRequest& to) {
+  to.id = number(json, "ID");
+  to.ttl = number(json, "TTL");
+}
+
+COORDINATION_API void decode(const Json& json, RevokeRequest& to) { to.id = number(json, "ID"); }
+
+COORDINATION_API void decode(const Json& json, KeepAliveRequest& to) { to.id = number(json, "ID"); }
+
+COORDINATION_API void decode(const Json& json, TimeToLiveRequest& to) {
+  to.id = number(json, "ID");
+  to.keys = flag(json, "keys");
+}
+
+COORDINATION_API void decode(const Json&, LeasesRequest&) {}
+COORDINATION_API void decode(const Json&, StatusRequest&) {}
+
+COORDINATION_API void decode(const Json& json, LoginRequest& to) {
+  to.name = text(json, "name");
+  to.password = text(json, "password");
+}
+
+COORDINATION_API void decode(const Json& json, WatchCreate& to) {
+  to.id = number(json, "watch_id");
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.start_revision = number(json, "start_revision");
+  to.prev_kv = flag(json, "prev_kv");
+  for (const Json& filter : member(json, "filters")) {
+    (choice(filter, {"NOPUT", "NODELETE"}) == 0 ? to.no_put : to.no_delete) = true;
+  }
+}
+
+COORDINATION_API void decode(const Json& json, WatchOrder& to) {
+  const Json& create = member(json, "create_request");
+  if (!create.is_null()) to.create = decode_as<WatchCreate>(create);
+  const Json& cancel = member(json, "cancel_request");
+  if (!cancel.is_null()) to.cancel = number(cancel, "watch_id");
+  to.progress = !member(json, "progress_request").is_null();
+}
+
+/// Cuts the first JSON object off `input`; empty if there is none, or no whole one.
+COORDINATION_API std::string_view take_object(std::string_view& input) {
+  const auto begin = input.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos || input[begin] != '{') return {};
+  int depth = 0;
+  bool in_string = false;
+  for (std::size_t i = begin; i < input.size(); ++i) {
+    const char c = input[i];
+    if (in_string && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      in_string = !in_string;
+    } else if (!in_string) {
+      depth += c == '{' ? 1 : c == '}' ? -1 : 0;
+      if (depth > 0) continue;
+      const std::string_view object = input.substr(begin, i + 1 - begin);
+      input.remove_prefix(i + 1);
+      return object;
+    }
+  }
+
+  return {};
+}
+
+/// The one request in a body; empty if that is malformed.
+template <class Request>
+std::optional<Request> decode_body(std::string_view body) {
+  if (body.empty()) return Request();
+  const std::optional<Json> json = parse(take_object(body));
+  if (!json) return std::nullopt;
+  return decode_as<Request>(*json);
+}
+
+/// The requests of a streaming call; the first that is malformed ends them, as in etcd.
+template <class Request>
+std::vector<Request> decode_stream(std::string_view body) {
+  std::vector<Request> requests;
+  while (const std::optional<Json> json = parse(take_object(body))) {
+    requests.push_back(decode_as<Request>(*json));
+  }
+
+  return requests;
+}
+
+COORDINATION_API Json with_header(std::int64_t revision) {
+  Json header = {{"cluster_id", "1"}, {"member_id", "1"}, {"raft_term", "2"}};
+  set(header, "revision", revision);
+  return {{"header", std::move(header)}};
+}
+
+COORDINATION_API Json encode(const KeyValue& kv) {
+  Json out = Json::object();
+  set_bytes(out, "key", kv.key);
+  set_bytes(out, "value", kv.value);
+  set(out, "create_revision", kv.create_revision);
+  set(out, "mod_revision", kv.mod_revision);
+  set(out, "version", kv.version);
+  set(out, "lease", kv.lease);
+  return out;
+}
+
+COORDINATION_API void set_list(Json& out, const char* name, const std::vector<KeyValue>& kvs) {
+  for (const KeyValue& kv : kvs) out[name].push_back(encode(kv));
+}
+
+COORDINATION_API Json encode(const RangeResponse& response) {
+  Json out = with_header(response.revision);
+  set_list(out, "kvs", response.kvs);
+  set(out, "more", response.more);
+  set(out, "count", response.count);
+  return out;
+}
+
+COORDINATION_API Json encode(const PutResponse& response) {
+  Json out = with_header(response.revision);
+  if (response.prev_kv) out["prev_kv"] = encode(*response.prev_kv);
+  return out;
+}
+
+COORDINATION_API Json encode(const RemoveResponse& response) {
+  Json out = with_header(response.revision);
+  set(out, "deleted", response.deleted);
+  set_list(out, "prev_kvs", response.prev_kvs);
+  return out;
+}
+
+COORDINATION_API Json encode(const TxnResponse& response);
+
+COORDINATION_API Json encode(const OpResponse& response) {
+  const auto op = [](const char* name, Json inner, std::int64_t revision) {
+    inner["header"] = Json::object();
+    set(inner["header"], "revision", revision);
+    Json json = {{name, std::move(inner)}};
+    return json;
+  };
+  if (auto* range = std::get_if<RangeResponse>(&response)) {
+    return op("response_range", encode(*range), range->revision);
+  }
+
+  if (auto* put = std::get_if<PutResponse>(&response)) {
+    return op("response_put", encode(*put), put->revision);
+  }
+
+  if (auto* remove = std::get_if<RemoveResponse>(&response)) {
+    return op("response_delete_range", encode(*remove), remove->revision);
+  }
+
+  return op("response_txn", encode(**std::get_if<3>(&response)), 0);
+}
+
+COORDINATION_API Json encode(const TxnResponse& response) {
+  Json out = with_header(response.revision);
+  set(out, "succeeded", response.succeeded);
+  for (const OpResponse& op : response.responses) out["responses"].push_back(encode(op));
+  return out;
+}
+
+COORDINATION_API Json encode(const EmptyResponse& response) {
+  return with_header(response.revision);
+}
+
+COORDINATION_API Json encode(const LeaseResponse& response) {
+  Json out = with_header(response.revision);
+  set(out, "ID", response.id);
+  set(out, "TTL", response.ttl);
+  set(out, "grantedTTL", response.granted_ttl);
+  for (const std::string& key : response.keys) out["keys"].push_back(base64_encode(key));
+  return out;
+}
+
+COORDINATION_API Json encode(const LeasesResponse& response) {
+  Json out = with_header(response.revision);
+  for (const std::int64_t id : response.ids) {
+    out["leases"].push_back({{"ID", std::to_string(id)}});
+  }
+
+  return out;
+}
+
+COORDINATION_API Json encode(const LoginResponse& response) {
+  Json out = with_header(response.revision);
+  out["token"] = response.token;
+  return out;
+}
+
+COORDINATION_API Json encode(const Status& status) {
+  Json out = with_header(status.revision);
+  out["version"] = status.version;
+  set(out, "dbSize", status.db_size);
+  set(out, "leader", static_cast<std::int64_t>(status.leader));
+  set(out, "raftTerm", static_cast<std::int64_t>(status.raft_term));
+  return out;
+}
+
+COORDINATION_API Json encode(const Change& change, bool prev_kv) {
+  Json out = {{"kv", encode(*change.kv)}};
+  if (change.kv->version == 0) out["type"] = "DELETE";
+  if (prev_kv && change.prev) out["prev_kv"] = encode(*change.prev);
+  return out;
+}
+
+COORDINATION_API Json encode(const StreamLine& line) {
+  Json out = with_header(line.revision);
+  set(out, "watch_id", line.watch_id);
+  set(out, "created", line.created);
+  set(out, "canceled", line.canceled);
+  set(out, "compact_revision", line.compact_revision);
+  if (!line.reason.empty()) out["cancel_reason"] = line.reason;
+  for (const Change& change : line.changes) {
+    out["events"].push_back(encode(change, line.prev_kv));
+  }
+
+  return out;
+}
+
+/// The body of a unary answer.
+template <class Response>
+std::string write_body(const Response& response) {
+  return dump(encode(response));
+}
+
+/// One line of a streamed answer.
+template <class Response>
+std::string write_line(const Response& response) {
+  return dump({{"result", encode(response)}}) + '\n';
+}
+
+COORDINATION_API std::string error_body(const Refusal& refusal) {
+  return dump({{"code", refusal.code}, {"message", refusal.message}});
+}
+
+COORDINATION_API std::string error_line(const Refusal& refusal) {
+  const Json error = {{"code", refusal.code}, {"message", refusal.message}};
+  return dump({{"error", error}}) + '\n';
+}
+
+/// What a watch that is refused gives as its reason.
+COORDINATION_API std::string watch_reason(const Refusal& refusal) {
+  const char* name = refusal.code == 3    ? "InvalidArgument"
+                     : refusal.code == 16 ? "Unauthenticated"
+                                          : "PermissionDenied";
+  return std::string("rpc error: code = ") + name + " desc = " + refusal.message;
+}
+
+}  // namespace detail::wire::gateway
 
 // == 4. Transport ===============================================================================
 
@@ -2538,7 +3049,7 @@ class SocketTap {
 #if defined(_WIN32)
     socket_ = socket;
 #else
-    socket_ = ::dup(socket);
+    socket_ = ::fcntl(socket, F_DUPFD_CLOEXEC, 0);
 #endif
     if (cut_) shut();
   }
@@ -2578,10 +3089,12 @@ COORDINATION_API void tune_socket(socket_t socket) {
   ::setsockopt(socket, SOL_SOCKET, SO_KEEPALIVE, yes, sizeof(on));
 #if defined(TCP_KEEPIDLE) && defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
   // A member whose host is gone is noticed within 10 + 3 * 5 seconds, also by an idle stream.
-  int idle = 10, interval = 5, count = 3;
-  ::setsockopt(socket, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
-  ::setsockopt(socket, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
-  ::setsockopt(socket, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
+  auto set = [&](int option, int value) {
+    ::setsockopt(socket, IPPROTO_TCP, option, reinterpret_cast<const char*>(&value), sizeof(value));
+  };
+  set(TCP_KEEPIDLE, 10);
+  set(TCP_KEEPINTVL, 5);
+  set(TCP_KEEPCNT, 3);
 #endif
 }
 
@@ -2767,9 +3280,9 @@ class HttplibTransport : public Transport {
                         const Context& ctx, bool close) {
     auto left = milliseconds(std::chrono::hours(24));
     if (ctx.deadline()) {
-      left = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now());
+      auto until = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now());
+      left = std::clamp(until, milliseconds(1), left);
     }
-    left = std::max(left, milliseconds(1));
     auto idle = request.idle_timeout.count() > 0 ? std::min(left, request.idle_timeout) : left;
     client.set_keep_alive(!close);
     client.set_connection_timeout(std::min(left, milliseconds(std::chrono::seconds(5))));
@@ -3003,11 +3516,20 @@ class Members {
     members_[i].rests_until = {};
   }
 
-  void failed(std::size_t i) {
+  /// True if it was well before.
+  bool failed(std::size_t i) {
     std::lock_guard<std::mutex> lock(mutex_);
+    bool first = members_[i].failures == 0;
     if (members_[i].failures < 8) ++members_[i].failures;
     rest(members_[i], steady_clock::now());
     if (current_ == i) current_ = (i + 1) % members_.size();
+    return first;
+  }
+
+  /// The one in use.
+  std::size_t current() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return current_;
   }
 
  private:
@@ -3050,16 +3572,19 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   std::unique_ptr<Members> members;
 
   /// One unary call, repeated as RetryConfig and `safety` allow.
+  /// `accept` says whether the body of a success is etcd's.
+  using Accept = std::function<bool(const std::string&)>;
   Result<Reply> call(const char* path, const std::string& body, Safety safety, const Context& ctx,
-                     bool with_token = true);
+                     const Accept& accept, bool with_token = true);
 
   /// The same, decoded.
   template <class T>
   Result<T> ask(const char* path, const std::string& body, Safety safety, const Context& ctx) {
-    auto reply = call(path, body, safety, ctx);
-    if (!reply) return reply.error();
     T decoded;
-    if (!wire::decode_reply(reply->body, decoded)) return not_etcd(reply->endpoint, reply->body);
+    auto reply = call(path, body, safety, ctx, [&](const std::string& answer) {
+      return wire::decode_reply(answer, decoded);
+    });
+    if (!reply) return reply.error();
     return decoded;
   }
 
@@ -3067,16 +3592,27 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   struct StreamPlace {
     std::atomic<std::size_t> member{0};
     std::atomic<std::uint64_t> token{0};  // its generation
+    std::atomic<bool> refused{false};     // by an error in the stream
+    bool must_answer{false};              // a deadline that passes is the member's failure
   };
+  /// What an error in a stream means; draws the conclusions for member and token.
+  Verdict refused(StreamPlace& place, const wire::EtcdError& error);
 
   Result<TxnResponse> commit(const Txn& txn, Safety safety, const Context& ctx,
                              bool* repeated = nullptr) {
-    auto reply = call("/v3/kv/txn", wire::body(txn), safety, ctx);
+    TxnResponse decoded;
+    auto reply = call("/v3/kv/txn", wire::body(txn), safety, ctx, [&](const std::string& answer) {
+      return wire::decode_reply(answer, decoded);
+    });
     if (!reply) return reply.error();
     if (repeated) *repeated = reply->repeated;
-    TxnResponse decoded;
-    if (!wire::decode_reply(reply->body, decoded)) return not_etcd(reply->endpoint, reply->body);
     return decoded;
+  }
+
+  /// A call of several requests has one time limit.
+  Context bounded(const Context& ctx) const {
+    if (ctx.deadline()) return ctx;
+    return join_contexts({&ctx}, steady_clock::now() + options.timeout);
   }
 
   /// One streaming request to one member; the caller repeats it. Success: the stream ended well.
@@ -3087,6 +3623,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   bool probe(std::size_t member, milliseconds limit);
 
   void token_died(std::uint64_t generation);
+  void member_failed(std::size_t member, const Error& error);
 
   struct Login {
     std::string token;
@@ -3110,6 +3647,7 @@ struct Attempts {
   const std::string& body;
   Safety safety;
   const Context& ctx;  // the caller's
+  const ClientState::Accept& accept;
   bool with_token;
 
   SteadyTime deadline{};
@@ -3120,8 +3658,9 @@ struct Attempts {
   bool logged_in_again{false};
   std::optional<Error> last{};
 
-  Attempts(ClientState& c, const char* p, const std::string& b, Safety s, const Context& x, bool t)
-      : client(c), path(p), body(b), safety(s), ctx(x), with_token(t),
+  Attempts(ClientState& c, const char* p, const std::string& b, Safety s, const Context& x,
+           const ClientState::Accept& a, bool t)
+      : client(c), path(p), body(b), safety(s), ctx(x), accept(a), with_token(t),
         backoff(c.options.retry_config.initial_delay, c.options.retry_config.max_delay,
                 c.options.retry_config.multiplier) {
     deadline = ctx.deadline().value_or(steady_clock::now() + client.options.timeout);
@@ -3164,7 +3703,8 @@ struct Attempts {
     auto response = client.transport->perform(client.request(member, path, body, token), nullptr,
                                               context);
     client.executor->timer.cancel(watchdog);
-    if (response && response->status == 200) {
+    bool served = response && response->status == 200 && accept(response->body);
+    if (served) {
       client.members->succeeded(member);
       return Reply{std::move(response->body), client.members->url(member), maybe};
     }
@@ -3173,7 +3713,7 @@ struct Attempts {
     bool hasty = !response && steady_clock::now() - sent < milliseconds(200) &&
                  response.error().code == ErrorCode::Timeout;
     if (hasty) verdict.member_failed = false;
-    if (verdict.member_failed) client.members->failed(member);
+    if (verdict.member_failed) client.member_failed(member, verdict.error);
     if (response && !verdict.member_failed) client.members->succeeded(member);
     return verdict.error;
   }
@@ -3187,6 +3727,9 @@ struct Attempts {
         verdict.next = Verdict::Next::OtherMember;
         verdict.member_failed = true;
       }
+    } else if (response->status == 200) {
+      auto error = not_etcd(client.members->url(member), response->body);
+      verdict = {error, Verdict::Next::OtherMember, true, true};
     } else {
       verdict = judge_status(*response, client.members->url(member));
     }
@@ -3238,8 +3781,8 @@ struct Attempts {
 
 COORDINATION_API Result<Reply> ClientState::call(const char* path, const std::string& body,
                                                  Safety safety, const Context& ctx,
-                                                 bool with_token) {
-  return Attempts(*this, path, body, safety, ctx, with_token).run();
+                                                 const Accept& accept, bool with_token) {
+  return Attempts(*this, path, body, safety, ctx, accept, with_token).run();
 }
 
 /// An attempt that may be repeated leaves time for the other members.
@@ -3291,15 +3834,31 @@ COORDINATION_API Result<void> ClientState::stream(const char* path, std::string 
   auto response = transport->perform(http, sink, context);
   if (context.deadline()) executor->timer.cancel(watchdog);
   if (response && response->status == 200) {
-    members->succeeded(member);
+    if (!place || !place->refused) members->succeeded(member);
     return {};
   }
   auto verdict = response ? judge_status(*response, members->url(member))
                           : judge_transport(response.error());
+  bool late = !response && context.done();
+  if (late) verdict.member_failed = place && place->must_answer;
   bool ours = ctx.cancelled() || open.cancelled();
-  if (verdict.member_failed && !ours) members->failed(member);
+  if (verdict.member_failed && !ours) member_failed(member, verdict.error);
   if (verdict.next == Verdict::Next::Login) token_died(token->generation);
   return verdict.error;
+}
+
+COORDINATION_API Verdict ClientState::refused(StreamPlace& place, const wire::EtcdError& error) {
+  auto verdict = judge_error(error, members->url(place.member));
+  place.refused = true;
+  if (verdict.next == Verdict::Next::Login) token_died(place.token);
+  if (verdict.member_failed) member_failed(place.member, verdict.error);
+  return verdict;
+}
+
+COORDINATION_API void ClientState::member_failed(std::size_t member, const Error& error) {
+  if (!members->failed(member)) return;
+  (*log)(LogLevel::Warn, "a member has failed",
+         {{"endpoint", members->url(member)}, {"cause", to_string(error)}});
 }
 
 COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit) {
@@ -3312,7 +3871,10 @@ COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit)
   auto response = transport->perform(
       request(member, "/v3/kv/range", wire::body(range), token->token), nullptr, context);
   bool serves = response && (response->status / 100 == 2 || response->status / 100 == 4);
-  if (!serves && !open.cancelled()) members->failed(member);
+  if (!serves && !open.cancelled()) {
+    member_failed(member, response ? make_error(ErrorCode::Unavailable, "it does not serve")
+                                   : response.error());
+  }
   return serves;
 }
 
@@ -3346,18 +3908,17 @@ COORDINATION_API Result<ClientState::Login> ClientState::authenticate(const Cont
   Login fresh;
   fresh.generation = random_number() | 1;
   auto body = wire::login_body(options.username, options.password);
-  auto reply = call("/v3/auth/authenticate", body, Safety::Read, ctx, false);
+  wire::Token token;
+  auto is_token = [&](const std::string& answer) {
+    return wire::decode_reply(answer, token) && !token.text.empty();
+  };
+  auto reply = call("/v3/auth/authenticate", body, Safety::Read, ctx, is_token, false);
   if (!reply) {
     bool off = reply.error().cause.find("authentication is not enabled") != std::string::npos;
     if (off) return fresh;
     Error error = reply.error();
     error.message = "cannot log in as " + options.username + ": " + error.message;
     return error;
-  }
-  wire::Token token;
-  if (!wire::decode_reply(reply->body, token) || token.text.empty()) {
-    return make_error(ErrorCode::Internal, reply->endpoint + " did not answer as etcd does",
-                      "no token in the answer to a login");
   }
   fresh.token = token.text;
   (*log)(LogLevel::Info, "logged in", {{"user", options.username}, {"endpoint", reply->endpoint}});
@@ -3506,12 +4067,12 @@ COORDINATION_API Result<void> Client::compact(std::int64_t revision, Context ctx
 }
 
 COORDINATION_API Result<Status> Client::status(Context ctx) {
-  auto reply = state_->call("/v3/maintenance/status", "{}", detail::Safety::Read, ctx);
-  if (!reply) return reply.error();
   Status status;
-  if (!detail::wire::decode_reply(reply->body, status)) {
-    return detail::not_etcd(reply->endpoint, reply->body);
-  }
+  auto is_status = [&](const std::string& answer) {
+    return detail::wire::decode_reply(answer, status);
+  };
+  auto reply = state_->call("/v3/maintenance/status", "{}", detail::Safety::Read, ctx, is_status);
+  if (!reply) return reply.error();
   status.endpoint = reply->endpoint;
   return status;
 }
@@ -3535,6 +4096,7 @@ struct LeaseState {
   std::atomic<std::int64_t> ttl_ms{0};      // the one that was granted
   std::atomic<std::int64_t> deadline_ns{0};
   std::atomic<Phase> phase{Phase::Live};
+  std::atomic<bool> tainted{false};         // a put with it may still be under way: not to be kept
   SteadyTime due{};          // of the next renewal; the keeper's mutex guards it
   Context life;              // cancelled when it is lost or released
   LossSignal loss;           // for the user's handler
@@ -3594,6 +4156,7 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
  public:
   explicit LeaseKeeper(std::weak_ptr<ClientState> client) : client_(std::move(client)) {}
 
+  /// Errors: Cancelled once the Coordinator is closing.
   Result<LeasePtr> grant(milliseconds ttl, const Context& ctx);
   /// A lease of this TTL that was given back, or a new one.
   Result<LeasePtr> take(milliseconds ttl, const Context& ctx);
@@ -3638,17 +4201,18 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
     SteadyTime next;
   };
 
-  void add(const LeasePtr& lease);
+  Result<LeasePtr> ask_for(milliseconds ttl, const Context& ctx);
+  Result<LeasePtr> add(const LeasePtr& lease);
   void lost(const LeasePtr& lease, const char* why);
   void schedule(SteadyTime when);
-  void tick();
+  void tick(SteadyTime when);
   void renew(std::vector<LeasePtr> batch);
   std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch);
   void answered(const LeasePtr& lease, SteadyTime sent, std::int64_t ttl);
-  void check_deadlines();
+  void check_deadlines(std::optional<SteadyTime> when = std::nullopt);
   void watch_deadline(SteadyTime deadline);
   void retire_idle();
-  void sweep();
+  void sweep(SteadyTime when);
   void schedule_sweep(SteadyTime when);
   milliseconds attempt_limit();
   SteadyTime real_time(SteadyTime of_clock, const Clock& clock) const {
@@ -3656,10 +4220,12 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   }
 
   std::weak_ptr<ClientState> client_;
+  Gate grants_;
+  int granting_{0};  // grants that are under way; the gate's mutex guards it
   std::mutex mutex_;
   std::unordered_map<std::int64_t, LeasePtr> leases_;
   std::vector<Idle> idle_;
-  std::vector<Doomed> doomed_;
+  std::map<std::int64_t, Doomed> doomed_;
   std::optional<SteadyTime> tick_at_, check_at_, sweep_at_;
   bool closed_{false};
 };
@@ -3669,8 +4235,22 @@ COORDINATION_API Error lease_lost(const char* why) {
 }
 
 COORDINATION_API Result<LeasePtr> LeaseKeeper::grant(milliseconds ttl, const Context& ctx) {
+  {
+    std::lock_guard<std::mutex> lock(grants_.mutex);
+    auto client = client_.lock();
+    if (!client || client->closing) return closed_error();
+    ++granting_;
+  }
+  auto lease = ask_for(ttl, ctx);
+  std::lock_guard<std::mutex> lock(grants_.mutex);
+  --granting_;
+  grants_.changed.notify_all();
+  return lease;
+}
+
+COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const Context& ctx) {
   auto client = client_.lock();
-  if (!client || client->closing) return closed_error();
+  if (!client) return closed_error();
   // The client chooses the id: the same grant sent twice is one lease.
   auto id = static_cast<std::int64_t>(random_number() >> 2) + 1;
   auto strand = std::make_shared<Strand>(client->executor->callbacks, client->log);
@@ -3683,30 +4263,36 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::grant(milliseconds ttl, const Con
                                              Safety::Idempotent, ctx);
   if (reply && reply->ttl > 0) {
     lease->renewed(sent, reply->ttl);
-    add(lease);
-    return lease;
+    return add(lease);
   }
   if (reply) return not_etcd("etcd", "a grant without a TTL");
   if (reply.error().code == ErrorCode::Conflict) {  // "already exists": an earlier attempt did it
     auto renewed = renew_now(lease, ctx);
     if (!renewed) return revoke_later(id, ttl, true), renewed.error();
-    add(lease);
-    return lease;
+    return add(lease);
   }
   if (reply.error().outcome == Outcome::MaybeApplied) revoke_later(id, ttl, false);
   return reply.error();
 }
 
-COORDINATION_API void LeaseKeeper::add(const LeasePtr& lease) {
+COORDINATION_API Result<LeasePtr> LeaseKeeper::add(const LeasePtr& lease) {
   auto now = lease->clock->now();
   SteadyTime due;
+  bool closed = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    closed = closed_;
     due = lease->due = now + jittered(lease->ttl() / 3);
-    leases_[lease->id] = lease;
+    if (!closed) leases_[lease->id] = lease;
+  }
+  if (closed) {  // the grant was under way when everything was revoked
+    lease->release();
+    static_cast<void>(revoke(lease->id, Context::with_timeout(milliseconds(100))));
+    return closed_error();
   }
   schedule(real_time(due, *lease->clock));
   watch_deadline(real_time(lease->deadline(), *lease->clock));
+  return lease;
 }
 
 COORDINATION_API Result<LeasePtr> LeaseKeeper::take(milliseconds ttl, const Context& ctx) {
@@ -3731,7 +4317,7 @@ COORDINATION_API void LeaseKeeper::give_back(LeasePtr lease) {
   lease->set_hook(nullptr);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!closed_ && lease->held() && idle_.size() < kMostIdle) {
+    if (!closed_ && !lease->tainted && lease->held() && idle_.size() < kMostIdle) {
       auto now = lease->clock->now();
       idle_.push_back({std::move(lease), now});
       return;
@@ -3776,20 +4362,22 @@ COORDINATION_API void LeaseKeeper::schedule(SteadyTime when) {
   tick_at_ = when;
   std::weak_ptr<LeaseKeeper> weak = weak_from_this();
   auto renewals = client->executor->renewals;
-  client->executor->timer.at(when, [weak, renewals] {
-    renewals->post([weak] {
-      if (auto self = weak.lock()) self->tick();
+  client->executor->timer.at(when, [weak, renewals, when] {
+    renewals->post([weak, when] {
+      if (auto self = weak.lock()) self->tick(when);
     });
   });
 }
 
-COORDINATION_API void LeaseKeeper::tick() {
+/// `when` is the time that it was scheduled for: one that was overtaken by another does nothing.
+COORDINATION_API void LeaseKeeper::tick(SteadyTime when) {
   auto client = client_.lock();
   if (!client) return;
   auto now = client->clock->now();
   std::vector<LeasePtr> due;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (tick_at_ != when) return;
     tick_at_.reset();
     for (auto& entry : leases_) {
       if (entry.second->due <= now + kWindow) due.push_back(entry.second);
@@ -3828,6 +4416,13 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
     if (client->open.cancelled()) return;
     batch = renew_once(*client, batch);
   }
+  if (batch.size() > 1 && !client->open.cancelled()) {  // one that is refused keeps back the rest
+    auto half = batch.begin() + static_cast<std::ptrdiff_t>(batch.size() / 2);
+    auto first = renew_once(*client, {batch.begin(), half});
+    auto second = renew_once(*client, {half, batch.end()});
+    first.insert(first.end(), second.begin(), second.end());
+    batch = std::move(first);
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   auto now = client->clock->now();
   for (auto& lease : batch) lease->due = now + std::min(kRetry, lease->ttl() / 10);
@@ -3844,10 +4439,13 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
   }
   auto sent = client.clock->now();
   wire::Lines lines;
-  std::string refusal;
+  ClientState::StreamPlace place;
+  place.must_answer = true;
+  Error refusal = make_error(ErrorCode::Unavailable, "no answer for some");
   auto line = [&](std::string_view text) {
     auto decoded = wire::decode_line<wire::LeaseReply>(text);
-    if (auto* error = std::get_if<wire::EtcdError>(&decoded)) refusal = error->message;
+    auto* error = std::get_if<wire::EtcdError>(&decoded);
+    if (error) refusal = client.refused(place, *error).error;
     auto* reply = std::get_if<wire::LeaseReply>(&decoded);
     auto it = reply ? waiting.find(reply->id) : waiting.end();
     if (it == waiting.end()) return true;
@@ -3857,21 +4455,15 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
   };
   auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
   auto limit = Context::with_timeout(attempt_limit());
-  ClientState::StreamPlace place;
   auto end = client.stream("/v3/lease/keepalive", std::move(body), sink, limit, &place,
                            batch.size() > 1);
   lines.finish(line);
-  if (!refusal.empty()) {
-    auto verdict = judge_error({0, refusal}, client.members->url(place.member));
-    if (verdict.next == Verdict::Next::Login) client.token_died(place.token);
-    if (verdict.member_failed) client.members->failed(place.member);
-  }
   std::vector<LeasePtr> left;
   for (auto& entry : waiting) left.push_back(entry.second);
   if (left.empty() || client.open.cancelled()) return left;
   (*client.log)(LogLevel::Warn, "leases were not renewed",
                 {{"count", std::to_string(left.size())},
-                 {"cause", end ? refusal : to_string(end.error())}});
+                 {"cause", to_string(end ? refusal : end.error())}});
   return left;
 }
 
@@ -3887,15 +4479,19 @@ COORDINATION_API Result<void> LeaseKeeper::renew_now(const LeasePtr& lease, cons
   auto client = client_.lock();
   if (!client) return closed_error();
   auto sent = client->clock->now();
+  std::variant<std::monostate, wire::LeaseReply, wire::EtcdError> line;
+  auto is_line = [&](const std::string& answer) {
+    line = wire::decode_line<wire::LeaseReply>(answer);
+    return line.index() != 0;
+  };
   auto reply = client->call("/v3/lease/keepalive", wire::lease_body(lease->id),
-                            Safety::Idempotent, ctx);
+                            Safety::Idempotent, ctx, is_line);
   if (!reply) return reply.error();
-  auto line = wire::decode_line<wire::LeaseReply>(reply->body);
   auto* answer = std::get_if<wire::LeaseReply>(&line);
   if (auto* error = std::get_if<wire::EtcdError>(&line)) {
     return judge_error(*error, reply->endpoint).error;
   }
-  if (!answer || answer->id != lease->id) return not_etcd(reply->endpoint, reply->body);
+  if (answer->id != lease->id) return not_etcd(reply->endpoint, reply->body);
   answered(lease, sent, answer->ttl);
   if (answer->ttl <= 0) return lease_lost("etcd does not know it any more");
   return {};
@@ -3917,12 +4513,12 @@ COORDINATION_API void LeaseKeeper::watch_deadline(SteadyTime deadline) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_ || (check_at_ && *check_at_ <= deadline)) return;
   check_at_ = deadline;
-  client->executor->timer.at(deadline, [weak = weak_from_this()] {
-    if (auto self = weak.lock()) self->check_deadlines();
+  client->executor->timer.at(deadline, [weak = weak_from_this(), deadline] {
+    if (auto self = weak.lock()) self->check_deadlines(deadline);
   });
 }
 
-COORDINATION_API void LeaseKeeper::check_deadlines() {
+COORDINATION_API void LeaseKeeper::check_deadlines(std::optional<SteadyTime> when) {
   auto client = client_.lock();
   if (!client) return;
   auto now = client->clock->now();
@@ -3930,6 +4526,7 @@ COORDINATION_API void LeaseKeeper::check_deadlines() {
   std::optional<SteadyTime> next;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (when && check_at_ != when) return;
     check_at_.reset();
     for (auto& entry : leases_) {
       auto deadline = entry.second->deadline();
@@ -3969,7 +4566,7 @@ COORDINATION_API void LeaseKeeper::revoke_later(std::int64_t id, milliseconds tt
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
     auto until = now + std::max(ttl, milliseconds(2000)) + milliseconds(1000);
-    doomed_.push_back({id, until, granted, now});
+    doomed_[id] = {id, until, granted, now};
   }
   schedule_sweep(now);
 }
@@ -3982,9 +4579,9 @@ COORDINATION_API void LeaseKeeper::schedule_sweep(SteadyTime when) {
   sweep_at_ = when;
   std::weak_ptr<LeaseKeeper> weak = weak_from_this();
   auto background = client->executor->background;
-  auto post = [weak, background] {
-    background->post([weak] {
-      if (auto self = weak.lock()) self->sweep();
+  auto post = [weak, background, when] {
+    background->post([weak, when] {
+      if (auto self = weak.lock()) self->sweep(when);
     });
   };
   if (when <= steady_clock::now()) {
@@ -3996,32 +4593,36 @@ COORDINATION_API void LeaseKeeper::schedule_sweep(SteadyTime when) {
 
 /// Tries once for every doomed lease whose time has come; stops at the first that cannot be
 /// reached, so that the background thread is never held for long.
-COORDINATION_API void LeaseKeeper::sweep() {
-  std::vector<Doomed> now_due;
+COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
+  std::vector<Doomed> due;
   auto now = steady_clock::now();
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (sweep_at_ != when) return;
     sweep_at_.reset();
-    auto later = std::partition(doomed_.begin(), doomed_.end(),
-                                [&](const Doomed& d) { return d.next > now; });
-    now_due.assign(later, doomed_.end());
-    doomed_.erase(later, doomed_.end());
+    for (auto& entry : doomed_) {
+      if (entry.second.next <= now) due.push_back(entry.second);
+    }
   }
   bool reachable = true;
-  std::vector<Doomed> again;
-  for (auto& doomed : now_due) {
+  for (auto& doomed : due) {
     auto quick = Context::with_timeout(milliseconds(800));
     bool done = reachable && revoke(doomed.id, quick).has_value();
     reachable = reachable && done;
-    if (done && doomed.granted) continue;
     doomed.next = steady_clock::now() + milliseconds(1000);
-    if (doomed.next < doomed.until) again.push_back(doomed);
+    std::lock_guard<std::mutex> lock(mutex_);  // it stays in the list until then, for close()
+    if ((done && doomed.granted) || doomed.next >= doomed.until) {
+      doomed_.erase(doomed.id);
+    } else {
+      doomed_[doomed.id] = doomed;
+    }
   }
   std::optional<SteadyTime> next;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    doomed_.insert(doomed_.end(), again.begin(), again.end());
-    for (auto& doomed : doomed_) next = std::min(next.value_or(doomed.next), doomed.next);
+    for (auto& entry : doomed_) {
+      next = std::min(next.value_or(entry.second.next), entry.second.next);
+    }
   }
   if (next) schedule_sweep(*next);
 }
@@ -4030,13 +4631,16 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
   auto client = client_.lock();
   if (!client) return;
   auto ids = std::make_shared<std::vector<std::int64_t>>();
+  auto ctx = Context::with_deadline(limit);
+  // Those that are under way bring leases that must be revoked, too; new ones are refused.
+  grants_.wait(ctx, [this] { return granting_ == 0; });
   std::vector<LeasePtr> leases;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
     closed_ = true;
     for (auto& entry : leases_) leases.push_back(entry.second);
-    for (auto& doomed : doomed_) ids->push_back(doomed.id);
+    for (auto& entry : doomed_) ids->push_back(entry.first);
     idle_.clear();
     leases_.clear();
   }
@@ -4047,7 +4651,6 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
   auto next = std::make_shared<std::atomic<std::size_t>>(0);
   auto gate = std::make_shared<Gate>();
   auto running = std::make_shared<int>(static_cast<int>(kMaxStreams) - 1);
-  auto ctx = Context::with_deadline(limit);
   auto work = [self = shared_from_this(), ids, next, gate, running, ctx] {
     for (auto i = (*next)++; i < ids->size() && !ctx.done(); i = (*next)++) {
       if (!self->revoke((*ids)[i], ctx)) break;
@@ -4139,6 +4742,10 @@ class HubSink {
   virtual void progress(std::int64_t revision) = 0;
   /// The watch is over: what came before `revision` is gone.
   virtual void compacted(std::int64_t revision) = 0;
+  /// The watch is over: the store is another one, whose revisions mean something else.
+  virtual void history_lost(std::int64_t revision) { compacted(revision); }
+  /// Whether compacted() is the end of it for the user; else it reads again and goes on.
+  virtual bool ends_with_history() const { return false; }
   /// The watch is over.
   virtual void failed(const Error& error) = 0;
 };
@@ -4156,6 +4763,7 @@ struct HubWatch {
   // The hub's mutex guards these:
   State state{State::Waiting};
   int streams{0};                     // that carry it
+  bool confirmed{false};              // etcd has answered its creation, once at least
   bool logged_in_again{false};
 };
 
@@ -4170,10 +4778,18 @@ struct HubStream {
   std::vector<std::shared_ptr<HubStream>> victims;  // end when all is confirmed
   bool open{false};
   bool over{false};
-  bool suspect{false};                     // it is silent and its member does not answer
+  std::atomic<bool> suspect{false};        // it is silent and its member does not answer
   bool reset{false};                       // etcd's history is shorter than ours
+  bool rests{false};                       // all its watches have been silent since a compaction
   std::size_t wasted{0};                   // events for watches that have left
+  const SteadyTime begun{steady_clock::now()};
   std::atomic<std::int64_t> heard_ns{0};
+
+  SteadyTime heard() const { return SteadyTime(std::chrono::nanoseconds(heard_ns.load())); }
+  void hear() {
+    auto now = steady_clock::now().time_since_epoch();
+    heard_ns = std::chrono::nanoseconds(now).count();
+  }
 };
 
 using HubStreamPtr = std::shared_ptr<HubStream>;
@@ -4192,6 +4808,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
 
   std::int64_t add(WatchRequest request, std::int64_t next_revision, bool anchored,
                    std::weak_ptr<HubSink> sink);
+  void settle(std::int64_t id, const Context& ctx);
   void remove(std::int64_t id);
   /// A parked watch goes on.
   void resume(std::int64_t id);
@@ -4201,10 +4818,13 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
 
  private:
   using State = HubWatch::State;
-  static constexpr milliseconds kPace{50};     // between two new streams
+  static constexpr std::size_t kBurst = 4;     // new streams at once, and then so many
+  static constexpr milliseconds kPace{200};    //   in this time
   static constexpr milliseconds kLinger{150};  // etcd serves a watch that is behind every 100 ms
   static constexpr milliseconds kSilence{5000};
+  static constexpr std::size_t kMostResting = 2;  // streams that rest
 
+  SteadyTime next_opening() const;
   void schedule(SteadyTime when);
   void open_next();
   std::vector<HubStreamPtr> choose_victims();
@@ -4216,6 +4836,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   void refused(const HubStreamPtr& stream, const HubWatchPtr& watch, const std::string& reason);
   void on_confirmed(const HubStreamPtr& stream);
   void on_canceled(const HubStreamPtr& stream, const wire::WatchLine& line);
+  bool stays_behind(const HubStreamPtr& stream, const HubWatchPtr& watch);
+  void take_over(const HubStreamPtr& stream);
   void on_events(const HubStreamPtr& stream, wire::WatchLine& line);
   void on_end(const HubStreamPtr& stream, const Error& error);
   void detach(const HubStreamPtr& stream);
@@ -4228,13 +4850,14 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
 
   std::weak_ptr<ClientState> client_;
   std::mutex mutex_;
+  std::condition_variable confirmed_;
   std::map<std::int64_t, HubWatchPtr> watches_;
   std::vector<HubWatchPtr> waiting_;
   std::vector<HubStreamPtr> streams_;
   std::int64_t last_id_{0};
   HubStreamPtr merging_;
   std::optional<SteadyTime> open_at_;
-  SteadyTime last_open_{};
+  std::deque<SteadyTime> opened_;  // when the last kBurst streams were
   SteadyTime last_heard_{};
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
   bool supervised_{false}, closed_{false};
@@ -4254,10 +4877,32 @@ COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t n
     watch->id = ++last_id_;
     watches_.emplace(watch->id, watch);
     waiting_.push_back(watch);
-    when = std::max(steady_clock::now(), last_open_ + kPace);
+    when = next_opening();
   }
   schedule(when);
   return watch->id;
+}
+
+/// Under the mutex.
+COORDINATION_API SteadyTime WatchHub::next_opening() const {
+  auto now = steady_clock::now();
+  return opened_.size() < kBurst ? now : std::max(now, opened_.front() + kPace);
+}
+
+/// A moment for a new watch to stand: events that come before it does are served by etcd's timer
+/// of 100 ms. Not where many are being made, and not for long.
+COORDINATION_API void WatchHub::settle(std::int64_t id, const Context& ctx) {
+  auto hook = ctx.on_cancel([this] {
+    std::lock_guard<std::mutex> lock(mutex_);
+    confirmed_.notify_all();
+  });
+  std::unique_lock<std::mutex> lock(mutex_);
+  auto stands = [&] {
+    auto it = watches_.find(id);
+    return it == watches_.end() || it->second->confirmed || ctx.done();
+  };
+  if (next_opening() > steady_clock::now()) return;
+  confirmed_.wait_for(lock, milliseconds(50), stands);
 }
 
 COORDINATION_API void WatchHub::remove(std::int64_t id) {
@@ -4288,7 +4933,7 @@ COORDINATION_API SteadyTime WatchHub::last_heard() {
   std::lock_guard<std::mutex> lock(mutex_);
   auto last = last_heard_;
   for (auto& stream : streams_) {
-    last = std::max(last, SteadyTime(std::chrono::nanoseconds(stream->heard_ns.load())));
+    last = std::max(last, stream->heard());
   }
   return last;
 }
@@ -4306,6 +4951,7 @@ COORDINATION_API void WatchHub::close() {
     for (auto& stream : streams) stream->over = true;
     for (auto& watch : watches) watch->state = State::Over;
     merging_.reset();
+    confirmed_.notify_all();
   }
   for (auto& stream : streams) stream->ctx.cancel();
   for (auto& watch : watches) {
@@ -4339,8 +4985,11 @@ COORDINATION_API void WatchHub::open_next() {
     if (merging_ && steady + 1 > kMaxStreams - 1) return;
     auto victims = merging_ ? std::vector<HubStreamPtr>() : choose_victims();
     if (waiting_.empty() && victims.empty()) return;
+    // None can be merged before it is confirmed: then this is called again.
+    if (steady - victims.size() + 1 > kMaxStreams - 1) return;
     stream = make_stream(std::move(victims));
-    last_open_ = steady_clock::now();
+    opened_.push_back(steady_clock::now());
+    if (opened_.size() > kBurst) opened_.pop_front();
     supervise_now = !supervised_;
     supervised_ = true;
   }
@@ -4356,9 +5005,9 @@ COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
   std::vector<HubStreamPtr> candidates, victims;
   for (auto& stream : streams_) {
     bool wasteful = stream->wasted > 1000 + 4 * stream->watches.size();
-    if (stream->open && wasteful) {
+    if (stream->open && wasteful && !stream->rests) {
       victims.push_back(stream);
-    } else if (stream->open) {
+    } else if (stream->open && !stream->rests) {
       candidates.push_back(stream);
     }
   }
@@ -4396,7 +5045,6 @@ COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> vi
   }
   if (!victims.empty()) merging_ = stream;
   stream->victims = std::move(victims);
-  stream->heard_ns = steady_clock::now().time_since_epoch().count();
   streams_.push_back(stream);
   return stream;
 }
@@ -4417,7 +5065,8 @@ COORDINATION_API void WatchHub::run(const HubStreamPtr& stream) {
   wire::Lines lines;
   auto line = [&](std::string_view text) { return on_line(stream, text, end); };
   auto sink = [&](std::string_view piece) {
-    stream->heard_ns = steady_clock::now().time_since_epoch().count();
+    stream->hear();
+    stream->suspect = false;
     return lines.feed(piece, line);
   };
   auto done = client->stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
@@ -4435,11 +5084,7 @@ COORDINATION_API bool WatchHub::on_line(const HubStreamPtr& stream, std::string_
   if (!client) return false;
   auto decoded = wire::decode_line<wire::WatchLine>(text);
   if (auto* error = std::get_if<wire::EtcdError>(&decoded)) {
-    auto& endpoint = client->members->url(stream->place.member);
-    auto verdict = judge_error(*error, endpoint);
-    end = verdict.error;
-    if (verdict.next == Verdict::Next::Login) client->token_died(stream->place.token);
-    if (verdict.member_failed) client->members->failed(stream->place.member);
+    end = client->refused(stream->place, *error).error;
     return false;
   }
   auto* line = std::get_if<wire::WatchLine>(&decoded);
@@ -4470,6 +5115,8 @@ COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
     bool behind = watch->anchored && line.revision > 0 && line.revision + 1 < watch->next_revision;
     stream->reset = stream->reset || behind;
     if (!line.canceled) watch->logged_in_again = false;
+    watch->confirmed = true;
+    confirmed_.notify_all();
   }
   if (line.canceled) refused(stream, watch, line.cancel_reason);
   if (all) on_confirmed(stream);
@@ -4485,18 +5132,20 @@ COORDINATION_API void WatchHub::refused(const HubStreamPtr& stream, const HubWat
   }
   bool login = verdict.next == Verdict::Next::Login && !client->options.username.empty();
   if (login) client->token_died(stream->place.token);
+  auto when = steady_clock::now();
+  bool again = verdict.next == Verdict::Next::OtherMember || verdict.next == Verdict::Next::Wait;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (watch->state == State::Over) return;
-    if (login && !watch->logged_in_again) {
+    if (again) when += backoff_.next();
+    again = again || (login && !watch->logged_in_again);
+    if (again) {
       leave(watch, State::Waiting);
-      watch->logged_in_again = true;
+      watch->logged_in_again = login;
       waiting_.push_back(watch);
-    } else {
-      login = false;
     }
   }
-  if (login) return schedule(steady_clock::now());
+  if (again) return schedule(when);
   end_watch(watch, [&](HubSink& sink) { sink.failed(verdict.error); });
 }
 
@@ -4524,15 +5173,13 @@ COORDINATION_API void WatchHub::on_confirmed(const HubStreamPtr& stream) {
     if (!self) return;
     {
       std::lock_guard<std::mutex> lock(self->mutex_);
-      if (!stream->over) {
-        for (auto& victim : stream->victims) self->detach(victim);
-      }
+      if (!stream->over) self->take_over(stream);
       stream->victims.clear();
       if (self->merging_ == stream) self->merging_.reset();
     }
     self->schedule(steady_clock::now());
   });
-  if (waits) schedule(steady_clock::now() + kPace);
+  if (waits) schedule(steady_clock::now() + kLinger);
 }
 
 COORDINATION_API void WatchHub::on_canceled(const HubStreamPtr& stream,
@@ -4540,9 +5187,46 @@ COORDINATION_API void WatchHub::on_canceled(const HubStreamPtr& stream,
   auto watch = find(stream, line.id);
   if (!watch) return;
   if (line.compact_revision != 0) {
+    if (stays_behind(stream, watch)) return;
     return end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
   }
   refused(stream, watch, line.cancel_reason);
+}
+
+/// A watch that has heard nothing for long may be too old for a new stream and yet miss nothing on
+/// the old one: there it stays until it has heard something.
+COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream,
+                                             const HubWatchPtr& watch) {
+  auto sink = watch->sink.lock();
+  if (!sink || !sink->ends_with_history()) return false;
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto resting = std::count_if(streams_.begin(), streams_.end(),
+                               [](const HubStreamPtr& other) { return other->rests; });
+  for (auto& victim : stream->victims) {
+    if (victim->over || victim->watches.count(watch->id) == 0) continue;
+    if (!victim->rests && static_cast<std::size_t>(resting) >= kMostResting) return false;
+    victim->rests = true;
+    --watch->streams;
+    stream->watches.erase(watch->id);
+    if (stream->watches.empty()) detach(stream);
+    return true;
+  }
+  return false;
+}
+
+/// The streams that were merged into this one end, but for the watches that could not leave them.
+/// Under the mutex.
+COORDINATION_API void WatchHub::take_over(const HubStreamPtr& stream) {
+  for (auto& victim : stream->victims) {
+    if (!victim->rests) {
+      detach(victim);
+      continue;
+    }
+    for (auto& entry : stream->watches) {
+      if (victim->watches.erase(entry.first) > 0) --entry.second->streams;
+    }
+    if (victim->watches.empty()) detach(victim);
+  }
 }
 
 COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
@@ -4587,7 +5271,9 @@ COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::Watc
 COORDINATION_API HubWatchPtr WatchHub::find(const HubStreamPtr& stream, std::int64_t id) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto it = stream->watches.find(id);
-  return it == stream->watches.end() ? nullptr : it->second;
+  if (it == stream->watches.end()) return nullptr;
+  stream->rests = false;
+  return it->second;
 }
 
 COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& error) {
@@ -4601,7 +5287,7 @@ COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& 
       when += backoff_.next();
       detach(stream);
     } else {
-      when = std::max(when, last_open_ + kPace);
+      when = next_opening();
       if (waiting_.empty()) return;
     }
   }
@@ -4625,8 +5311,7 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
     waiting_.push_back(watch);
   }
   stream->watches.clear();
-  last_heard_ = std::max(last_heard_,
-                         SteadyTime(std::chrono::nanoseconds(stream->heard_ns.load())));
+  last_heard_ = std::max(last_heard_, stream->heard());
   streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
   if (merging_ == stream) merging_.reset();
   stream->victims.clear();
@@ -4669,8 +5354,7 @@ COORDINATION_API void WatchHub::supervise() {
     if (closed_) return;
     auto now = steady_clock::now();
     for (auto& stream : streams_) {
-      auto heard = SteadyTime(std::chrono::nanoseconds(stream->heard_ns.load()));
-      if (now - heard >= kSilence) silent.push_back(stream);
+      if (now - std::max(stream->heard(), stream->begun) >= kSilence) silent.push_back(stream);
     }
   }
   for (auto& stream : silent) {
@@ -4693,7 +5377,7 @@ COORDINATION_API void WatchHub::check(const HubStreamPtr& stream) {
     if (stream->over) return;
     give_up = !serves && stream->suspect;
     stream->suspect = !serves;
-    if (serves) stream->heard_ns = steady_clock::now().time_since_epoch().count();
+    if (serves) stream->hear();
   }
   if (give_up) stream->ctx.cancel();
 }
@@ -4704,23 +5388,26 @@ COORDINATION_API void WatchHub::check(const HubStreamPtr& stream) {
 COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
   auto client = client_.lock();
   if (!client) return;
-  std::vector<HubWatchPtr> watches;
+  std::vector<std::pair<HubWatchPtr, std::int64_t>> watches;  // with what they wait for now
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& entry : stream->watches) watches.push_back(entry.second);
+    for (auto& entry : stream->watches) {
+      if (!entry.second->anchored) continue;
+      watches.emplace_back(entry.second, entry.second->next_revision);
+    }
   }
   if (watches.empty()) return;
   RangeRequest range;
-  range.key = watches.front()->request.key;
-  range.range_end = watches.front()->request.range_end;
+  range.key = watches.front().first->request.key;
+  range.range_end = watches.front().first->request.range_end;
   range.limit = 1;
   range.keys_only = true;
   auto now = client->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read,
                                         Context::with_timeout(milliseconds(1000)));
   if (!now) return stream->ctx.cancel();  // it will be looked at again on the next stream
-  for (auto& watch : watches) {
-    if (!watch->anchored || watch->next_revision <= now->revision + 1) continue;
-    end_watch(watch, [&](HubSink& sink) { sink.compacted(now->revision + 1); });
+  for (auto& [watch, waits_for] : watches) {
+    if (waits_for <= now->revision + 1) continue;
+    end_watch(watch, [&, rev = now->revision](HubSink& sink) { sink.history_lost(rev + 1); });
   }
 }
 
@@ -4771,6 +5458,8 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     auto port = port_.lock();
     if (!port || stopped_) return false;
     std::lock_guard<std::mutex> lock(mutex_);
+    // A stream that was left may still have a line; what was read anew has it already.
+    if (mode_ != Mode::Raw && events.front().revision <= revision_) return true;
     revision_ = std::max(revision_, events.front().revision);
     bool more = true;
     for (auto& event : events) {
@@ -4788,6 +5477,14 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     revision_ = std::max(revision_, revision);
   }
   void compacted(std::int64_t revision) override { on_compacted(revision); }
+  bool ends_with_history() const override { return mode_ == Mode::Raw; }
+  void history_lost(std::int64_t revision) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      all_anew_ = true;
+    }
+    on_compacted(revision);
+  }
   void failed(const Error& error) override {
     if (auto port = port_.lock()) port->failed(error);
   }
@@ -4818,17 +5515,19 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   mutable std::mutex mutex_;
   Known known_;
   std::int64_t revision_{0};
+  milliseconds resync_limit_{1000};  // grows, for a range that is too large for it
+  bool all_anew_{false};  // an equal revision does not mean that nothing has changed
   Backoff backoff_{milliseconds(100), milliseconds(2000)};
 };
 
 inline constexpr std::int64_t kPage = 1000;  // keys in one answer
 
-/// A range at one revision, in pages.
-COORDINATION_API Result<std::pair<std::vector<KeyValue>, std::int64_t>> read_range(
-    ClientState& client, RangeRequest request, const Context& ctx) {
+using Records = std::pair<std::vector<KeyValue>, std::int64_t>;  // and the revision of the read
+
+COORDINATION_API Result<Records> read_pages(ClientState& client, RangeRequest request,
+                                            const Context& ctx) {
   std::vector<KeyValue> kvs;
-  request.limit = kPage;
-  if (request.range_end.empty()) request.limit = 0;
+  request.limit = request.range_end.empty() ? 0 : kPage;
   while (true) {
     auto page = client.ask<RangeResponse>("/v3/kv/range", wire::body(request), Safety::Read, ctx);
     if (!page) return page.error();
@@ -4839,27 +5538,41 @@ COORDINATION_API Result<std::pair<std::vector<KeyValue>, std::int64_t>> read_ran
   }
 }
 
+/// A range at one revision, in pages; once more if a compaction overtakes it.
+COORDINATION_API Result<Records> read_range(ClientState& client, const RangeRequest& request,
+                                            const Context& ctx) {
+  auto all = read_pages(client, request, ctx);
+  if (all || all.error().code != ErrorCode::Compacted) return all;
+  return read_pages(client, request, ctx);
+}
+
 COORDINATION_API Result<RangeFeed::Snapshot> RangeFeed::read(const Context& ctx) const {
   RangeRequest range;
   range.key = request_.key;
   range.range_end = request_.range_end;
-  auto all = read_range(*client_, std::move(range), ctx);
+  auto all = read_range(*client_, range, ctx);
   if (!all) return all.error();
   return Snapshot{std::move(all->first), all->second};
 }
 
 COORDINATION_API void RangeFeed::join_hub(std::int64_t next_revision) {
   bool anchored = mode_ != Mode::Raw || request_.start_revision == 0;
-  hub_id_ = client_->watches->add(request_, next_revision, anchored, weak_from_this());
+  auto id = client_->watches->add(request_, next_revision, anchored, weak_from_this());
+  // It may be over already, and resync() have joined again: ids grow.
+  auto newest = hub_id_.load();
+  while (newest < id && !hub_id_.compare_exchange_weak(newest, id)) {
+  }
   if (stopped_) stop();
-  if (hub_id_ == 0) failed(closed_error());
+  if (id == 0) failed(closed_error());
+  if (ready()) resume();  // it may have been parked, and emptied, before its id was known
 }
 
 /// To begin "now" is to begin after the revision of a read: a start that stays right however often
 /// the first connection has to be tried. It also tells at once who may not read.
 COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>& port,
-                                               bool include_existing, const Context& ctx) {
+                                               bool include_existing, const Context& given) {
   if (client_->closing) return closed_error();
+  auto ctx = client_->bounded(given);
   port_ = port;
   if (mode_ != Mode::Raw) {
     auto snapshot = read(ctx);
@@ -4882,6 +5595,7 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
     }
     read_at_ = steady_clock::now();
     join_hub(revision + 1);
+    client_->watches->settle(hub_id(), ctx);
     return {};
   }
   auto next = request_.start_revision;
@@ -4896,6 +5610,7 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
     next = now->revision + 1;
   }
   join_hub(next);
+  client_->watches->settle(hub_id(), ctx);
   return {};
 }
 
@@ -4913,7 +5628,7 @@ COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
     keep(event.kv);
     return true;
   }
-  if (it == known_.end()) return false;
+  if (it == known_.end() || it->second.mod_revision >= event.revision) return false;
   event.prev_kv = std::move(it->second);
   known_.erase(it);
   return true;
@@ -4940,9 +5655,10 @@ COORDINATION_API void RangeFeed::resync_later(milliseconds delay) {
 
 COORDINATION_API void RangeFeed::resync() {
   if (stopped_ || client_->closing) return;
-  auto snapshot = read(Context::with_timeout(milliseconds(1000)));
+  auto snapshot = read(Context::with_timeout(resync_limit_));
   if (snapshot) {
     backoff_.reset();
+    resync_limit_ = milliseconds(1000);
     auto revision = snapshot->revision;
     apply(std::move(*snapshot));
     return join_hub(revision + 1);
@@ -4950,6 +5666,7 @@ COORDINATION_API void RangeFeed::resync() {
   if (snapshot.error().code == ErrorCode::PermissionDenied) return failed(snapshot.error());
   (*client_->log)(LogLevel::Warn, "cannot read again after a compaction",
                   {{"key", request_.key}, {"cause", to_string(snapshot.error())}});
+  resync_limit_ = std::min(resync_limit_ * 2, std::max(client_->options.timeout, resync_limit_));
   resync_later(backoff_.next());
 }
 
@@ -4961,10 +5678,11 @@ COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
   std::vector<WatchEvent> events;
   std::lock_guard<std::mutex> lock(mutex_);
   std::set<std::string> present;
+  bool all_anew = std::exchange(all_anew_, false);
   for (auto& kv : snapshot.kvs) {
     present.insert(kv.key);
     auto it = known_.find(kv.key);
-    if (it != known_.end() && it->second.mod_revision == kv.mod_revision &&
+    if (!all_anew && it != known_.end() && it->second.mod_revision == kv.mod_revision &&
         it->second.create_revision == kv.create_revision) {
       continue;
     }
@@ -5048,7 +5766,7 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
     if (event) return std::move(*event);
     if (!ready) return open.cancelled() ? closed_error() : context_error(ctx, "there was no event");
     std::lock_guard<std::mutex> lock(gate_.mutex);
-    return *end_;
+    return end_ ? *end_ : make_error(ErrorCode::Conflict, "another reader was faster");
   }
 
   void cancel() {
@@ -5169,8 +5887,11 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
                                          RangeFeed::Mode::LiveWithValues)),
         strand(std::make_shared<Strand>(client->executor->callbacks, client->log)) {}
 
-  bool push(WatchEvent) override {
-    std::lock_guard<std::mutex> lock(mutex);
+  bool push(WatchEvent event) override {
+    stale = true;
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    pushed = event.revision;
+    gate.changed.notify_all();
     if (!handler || told) return true;
     told = true;
     strand->post([weak = weak_from_this()] {
@@ -5184,15 +5905,22 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
     (*feed->client()->log)(LogLevel::Error, "a view has ended", {{"cause", to_string(error)}});
   }
   void tell() {
-    std::unique_lock<std::mutex> lock(mutex);
+    std::unique_lock<std::mutex> lock(gate.mutex);
     told = false;
     auto call = handler;
     lock.unlock();
     if (call) call();
   }
   void set_handler(std::function<void()> fn) {
-    std::lock_guard<std::mutex> lock(mutex);
+    std::lock_guard<std::mutex> lock(gate.mutex);
     handler = std::move(fn);
+  }
+  Result<void> wait_for(std::int64_t revision, const Context& ctx) {
+    auto now = feed->look([](const auto&, std::int64_t shown) { return shown; });
+    auto both = join_contexts({&ctx, &feed->client()->open});
+    if (now >= revision || gate.wait(both, [&] { return pushed >= revision; })) return {};
+    if (feed->client()->open.cancelled()) return closed_error();
+    return context_error(ctx, "the view does not show this revision");
   }
   void close() {
     feed->stop();
@@ -5202,13 +5930,15 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
 
   std::shared_ptr<RangeFeed> feed;
   std::shared_ptr<Strand> strand;
-  std::mutex mutex;
+  Gate gate;
   std::function<void()> handler;
-  bool told{false};  // that something has changed
+  std::int64_t pushed{0};  // the revision of the last change
+  bool told{false};        // that something has changed
   std::string prefix{};                  // of the keys, taken off before they are shown
   std::function<bool(const std::string&)> shows{};
   std::atomic<std::uint64_t> turn{0};    // of the round robin
-  std::int64_t decoded_revision{-1};     // of `decoded`; the mutex guards both
+  std::mutex decoding;                   // taken before the feed's; guards `decoded`
+  bool stale{true};                      // `decoded` is; the feed's mutex guards it
   std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
 };
 
@@ -5298,6 +6028,23 @@ COORDINATION_API std::string lease_hex(std::int64_t lease) {
   return text.data();
 }
 
+/// One at a time, waited for under a Context.
+class Turnstile {
+ public:
+  bool enter(const Context& ctx) {
+    return gate_.wait(ctx, [this] { return !std::exchange(busy_, true); });
+  }
+  void leave() {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    busy_ = false;
+    gate_.changed.notify_one();
+  }
+
+ private:
+  Gate gate_;
+  bool busy_{false};
+};
+
 /// A key that is ours as long as its lease lives and nobody deletes it: a lock, an office, a
 /// registration. Reports its loss once.
 struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
@@ -5321,6 +6068,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   LossSignal loss;
   bool others_may_put{false};                   // a put by somebody else takes the key away
   std::function<void(const Error&)> on_loss{};  // the library's own
+  Turnstile renewing;
 
   /// A key that is soon given back is not worth a watch.
   static constexpr milliseconds kWatchAfter{250};
@@ -5329,7 +6077,11 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     std::lock_guard<std::mutex> lock(mutex);
     return lease;
   }
-  bool held() { return phase == Phase::Held && present_lease()->held(); }
+  bool held() {
+    if (phase != Phase::Held) return false;
+    std::lock_guard<std::mutex> lock(mutex);
+    return lease->held() && (!spare || spare->held());
+  }
 
   /// Follows the lease, and after a while the key.
   void begin() {
@@ -5343,7 +6095,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     to->set_hook([weak = weak_from_this()](const Error& error) {
       if (auto self = weak.lock()) self->lost(error.cause);
     });
-    if (to->phase == LeaseState::Phase::Lost) lost("its lease is lost");
+    if (to->phase != LeaseState::Phase::Live && !client->closing) lost("its lease is lost");
   }
 
   void watch_from(std::int64_t revision) {
@@ -5367,10 +6119,13 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   }
 
   /// The key may be on its way to another lease, which is ours, too.
-  void set_spare(LeasePtr other) {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (spare && spare != other) client->leases->drop(spare);
-    spare = std::move(other);
+  void set_spare(const LeasePtr& other) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (spare) client->leases->drop(spare);
+      spare = other;
+    }
+    attach(other);  // whichever of the two is lost, the key may go with it
   }
   LeasePtr take_spare() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -5470,7 +6225,16 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     return {};
   }
 
-  Result<void> renew(milliseconds ttl, const Context& ctx) {
+  /// One at a time: two moves must not overtake each other.
+  Result<void> renew(milliseconds ttl, const Context& given) {
+    auto ctx = client->bounded(given);
+    if (!renewing.enter(ctx)) return context_error(ctx, key + " was not renewed");
+    auto done = renew_in_turn(ttl, ctx);
+    renewing.leave();
+    return done;
+  }
+
+  Result<void> renew_in_turn(milliseconds ttl, const Context& ctx) {
     auto usable = require_held();
     if (!usable) return usable;
     auto present = present_lease();
@@ -5494,7 +6258,9 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
       attach(*fresh);
       std::lock_guard<std::mutex> lock(mutex);
       client->leases->drop(std::exchange(lease, *fresh));
-      return {};
+      if (phase == Phase::Held) return {};
+      client->leases->drop(*fresh);  // it was unlocked in the meantime
+      return lost_error();
     }
     if (done) {
       client->leases->drop(*fresh);
@@ -5533,6 +6299,12 @@ using OwnedKeyPtr = std::shared_ptr<OwnedKey>;
 
 inline constexpr const char* kShared = "shared";  // the value of a shared holder's key
 
+/// A key under `prefix` that belongs to another queue, whose name begins with that of this one: the
+/// last segment of a key is its lease.
+COORDINATION_API bool of_another_queue(const std::string& key, const std::string& prefix) {
+  return key.find('/', prefix.size()) != std::string::npos;
+}
+
 /// Who may hold, given those who came earlier.
 struct QueueRule {
   enum class Kind { Exclusive, Shared, Permits };
@@ -5563,17 +6335,24 @@ class Contender {
     std::string blocker;  // the key to wait for; empty: any of the prefix
   };
 
-  Result<void> prepare(const Context& ctx);
+  Result<void> prepare(const Context& ctx, bool fresh);
+  Result<TxnResponse> commit_put(const Txn& txn, const Context& ctx);
   Result<Turn> enter(const Context& ctx);
   Result<Turn> enter_if_free(const Context& ctx);
   Result<Turn> look(const Context& ctx);
   Result<Turn> wait(const Turn& turn, const Context& ctx);
+  bool hidden(const std::vector<KeyValue>& earlier);
   Turn judge(const std::vector<KeyValue>& earlier) const;
   RangeRequest earlier_keys() const;
   std::string watch_body(const Turn& turn) const;
   Result<Turn> wait_on_stream(const Turn& turn, const Context& ctx);
   OwnedKeyPtr own();
+  bool step_back(const Context& ctx);
   Error give_up(Error error);
+  static Error nothing_done(Error error) {
+    error.outcome = Outcome::NotApplied;  // a lease that may have been granted is revoked
+    return error;
+  }
 
   const std::shared_ptr<ClientState> client_;
   const std::string prefix_;
@@ -5583,13 +6362,16 @@ class Contender {
   LeasePtr lease_;
   std::string key_;
   std::int64_t token_{0};
+  std::int64_t looked_at_{0};  // the revision of what is known
+  bool queued_{false};         // the key was put even if others were before us
+  bool crowded_{false};        // there are keys of other queues between ours
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
 };
 
-COORDINATION_API Result<void> Contender::prepare(const Context& ctx) {
+COORDINATION_API Result<void> Contender::prepare(const Context& ctx, bool fresh) {
   if (client_->closing) return closed_error();
   if (ctx.done()) return context_error(ctx, "the lock was not asked for");
-  auto lease = client_->leases->take(ttl_, ctx);
+  auto lease = fresh ? client_->leases->grant(ttl_, ctx) : client_->leases->take(ttl_, ctx);
   if (!lease) return lease.error();
   lease_ = std::move(*lease);
   key_ = prefix_ + lease_hex(lease_->id);
@@ -5597,25 +6379,29 @@ COORDINATION_API Result<void> Contender::prepare(const Context& ctx) {
 }
 
 COORDINATION_API Result<OwnedKeyPtr> Contender::acquire(const Context& ctx) {
+  bool fresh = false;
   while (true) {
-    auto prepared = prepare(ctx);
-    if (!prepared) return prepared.error();
+    auto prepared = prepare(ctx, fresh);
+    if (!prepared) return nothing_done(prepared.error());
     auto turn = enter(ctx);
     while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
     if (!turn) return give_up(turn.error());
     if (turn->place == Place::Head && lease_->held()) return own();
-    // The lease or the key has died while we waited: to the end of the queue.
+    // The lease or the key has died while we waited: to the end of the queue. Where a kept lease
+    // was dead already, others may be, too: the next one is new.
     client_->leases->drop(lease_);
+    if (!std::exchange(fresh, true)) continue;
     if (!pause(join_contexts({&ctx, &client_->open}), backoff_.next())) {
       return give_up(context_error(ctx, "the lock was not acquired"));
     }
   }
 }
 
-COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& ctx) {
+COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& given) {
+  auto ctx = client_->bounded(given);
   for (int attempt = 0; attempt < 2; ++attempt) {
-    auto prepared = prepare(ctx);
-    if (!prepared) return prepared.error();
+    auto prepared = prepare(ctx, attempt > 0);
+    if (!prepared) return nothing_done(prepared.error());
     bool exclusive = rule_.kind == QueueRule::Kind::Exclusive;
     auto turn = exclusive ? enter_if_free(ctx) : enter(ctx);
     if (!turn) return give_up(turn.error());
@@ -5624,12 +6410,13 @@ COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& ctx) 
       client_->leases->drop(lease_);
       continue;
     }
-    if (exclusive) {
+    if (!queued_ || step_back(ctx)) {
       client_->leases->give_back(lease_);
     } else {
       client_->leases->drop(lease_);
     }
-    return make_error(ErrorCode::Conflict, prefix_ + " is held by somebody else");
+    auto name = prefix_.substr(0, prefix_.size() - 1);
+    return make_error(ErrorCode::Conflict, name + " is held by somebody else");
   }
   return make_error(ErrorCode::Lost, "the lease was lost before the lock was ours");
 }
@@ -5640,6 +6427,13 @@ COORDINATION_API OwnedKeyPtr Contender::own() {
   return owned;
 }
 
+/// Leaves the queue; true if the key is certainly gone.
+COORDINATION_API bool Contender::step_back(const Context& ctx) {
+  Txn txn;
+  txn.when(Compare::create_revision(key_, Compare::Is::Equal, token_)).then(Op::remove(key_));
+  return client_->commit(txn, Safety::Idempotent, ctx).has_value();
+}
+
 /// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now.
 COORDINATION_API Error Contender::give_up(Error error) {
   if (lease_->phase == LeaseState::Phase::Live && !client_->closing) {
@@ -5648,9 +6442,8 @@ COORDINATION_API Error Contender::give_up(Error error) {
     auto revoked = client_->leases->revoke(lease_->id, quick);
     if (!revoked) client_->leases->revoke_later(lease_->id, lease_->ttl(), true);
   }
-  error.outcome = Outcome::NotApplied;
   if (client_->open.cancelled()) return closed_error();
-  return error;
+  return nothing_done(std::move(error));
 }
 
 /// The keys that may be before ours: of those with a lower create revision as many as the rule
@@ -5662,14 +6455,24 @@ COORDINATION_API RangeRequest Contender::earlier_keys() const {
   range.sort_order = SortOrder::Descend;
   range.sort_target = SortTarget::Create;
   range.keys_only = rule_.kind != QueueRule::Kind::Shared;
+  if (crowded_) return range;
   if (rule_.kind == QueueRule::Kind::Exclusive) range.limit = 1;
   if (rule_.kind == QueueRule::Kind::Permits) range.limit = rule_.permits;
   return range;
 }
 
+/// True if keys of another queue may hide those of ours: then all must be read.
+COORDINATION_API bool Contender::hidden(const std::vector<KeyValue>& keys) {
+  bool foreign = std::any_of(keys.begin(), keys.end(), [&](const KeyValue& kv) {
+    return of_another_queue(kv.key, prefix_);
+  });
+  return foreign && !std::exchange(crowded_, true);
+}
+
 COORDINATION_API Contender::Turn Contender::judge(const std::vector<KeyValue>& keys) const {
   std::vector<const KeyValue*> earlier;
   for (const KeyValue& kv : keys) {
+    if (of_another_queue(kv.key, prefix_)) continue;
     if (kv.key != key_ && kv.create_revision < token_) earlier.push_back(&kv);
   }
   if (rule_.kind == QueueRule::Kind::Permits) {
@@ -5683,6 +6486,15 @@ COORDINATION_API Contender::Turn Contender::judge(const std::vector<KeyValue>& k
   return {Place::Head, {}};
 }
 
+/// A put that was sent twice may arrive once more after the key was deleted: its lease must go,
+/// so that it cannot make a key that is nobody's.
+COORDINATION_API Result<TxnResponse> Contender::commit_put(const Txn& txn, const Context& ctx) {
+  bool repeated = false;
+  auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
+  if (repeated) lease_->tainted = true;
+  return done;
+}
+
 /// Takes a place in the queue. May be repeated: the second time finds the key of the first.
 COORDINATION_API Result<Contender::Turn> Contender::enter(const Context& ctx) {
   auto earlier = earlier_keys();
@@ -5692,12 +6504,13 @@ COORDINATION_API Result<Contender::Turn> Contender::enter(const Context& ctx) {
       .then(Op::put(key_, value_, lease_->id))
       .then(Op::range(std::move(earlier)))
       .otherwise(Op::get(key_));
-  auto done = client_->commit(txn, Safety::Idempotent, ctx);
+  auto done = commit_put(txn, ctx);
   if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
   if (!done) return done.error();
+  queued_ = true;
   if (done->succeeded) {
-    token_ = done->revision;
-    return judge(done->range(1).kvs);
+    token_ = looked_at_ = done->revision;
+    return hidden(done->range(1).kvs) ? look(ctx) : judge(done->range(1).kvs);
   }
   auto& mine = done->range(0).kvs;
   if (mine.empty()) return Turn{};
@@ -5710,8 +6523,14 @@ COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context&
   auto nobody = Compare::missing(prefix_);
   nobody.range_end = prefix_range_end(prefix_);
   Txn txn;
-  txn.when(nobody).then(Op::put(key_, value_, lease_->id)).otherwise(Op::get(key_));
-  auto done = client_->commit(txn, Safety::Idempotent, ctx);
+  RangeRequest some;
+  some.key = prefix_;
+  some.range_end = nobody.range_end;
+  some.limit = 10;
+  some.keys_only = true;
+  txn.when(nobody).then(Op::put(key_, value_, lease_->id));
+  txn.otherwise(Op::get(key_)).otherwise(Op::range(std::move(some)));
+  auto done = commit_put(txn, ctx);
   if (!done && done.error().code == ErrorCode::NotFound) return Turn{};
   if (!done) return done.error();
   if (done->succeeded) {
@@ -5719,6 +6538,11 @@ COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context&
     return Turn{Place::Head, {}};
   }
   auto& mine = done->range(0).kvs;
+  auto& seen = done->range(1).kvs;
+  bool foreign = std::all_of(seen.begin(), seen.end(), [&](const KeyValue& kv) {
+    return of_another_queue(kv.key, prefix_);
+  });
+  if (mine.empty() && foreign) return enter(ctx);
   if (mine.empty()) return Turn{Place::Behind, {}};
   token_ = mine.front().create_revision;
   return look(ctx);
@@ -5733,8 +6557,9 @@ COORDINATION_API Result<Contender::Turn> Contender::look(const Context& ctx) {
   auto done = client_->commit(txn, Safety::Read, ctx);
   if (!done) return done.error();
   auto& mine = done->range(0).kvs;
+  looked_at_ = done->revision;
   if (mine.empty() || mine.front().create_revision != token_) return Turn{};
-  return judge(done->range(1).kvs);
+  return hidden(done->range(1).kvs) ? look(ctx) : judge(done->range(1).kvs);
 }
 
 COORDINATION_API Result<Contender::Turn> Contender::wait(const Turn& turn, const Context& ctx) {
@@ -5742,16 +6567,16 @@ COORDINATION_API Result<Contender::Turn> Contender::wait(const Turn& turn, const
   // Looks again now and then: the stream may be to a member that is frozen.
   auto patience = join_contexts({&waiting}, steady_clock::now() + kPatience);
   auto next = wait_on_stream(turn, patience);
-  if (!next && patience.done() && !waiting.done()) next = look(waiting);
+  if (!next && !waiting.done()) {
+    if (!patience.done()) pause(waiting, backoff_.next());
+    next = look(waiting);
+  } else {
+    backoff_.reset();
+  }
   if (lease_->life.cancelled() || !lease_->held()) return Turn{};
   if (ctx.done()) return context_error(ctx, "the lock was not acquired", "somebody else holds it");
   if (client_->open.cancelled()) return closed_error();
-  if (next) {
-    backoff_.reset();
-    return next;
-  }
-  if (next.error().code == ErrorCode::PermissionDenied) return next;
-  pause(waiting, backoff_.next());
+  if (next || next.error().code == ErrorCode::PermissionDenied) return next;
   return turn;
 }
 
@@ -5772,23 +6597,27 @@ COORDINATION_API Result<Contender::Turn> Contender::wait_on_stream(const Turn& t
                                                                    const Context& ctx) {
   std::optional<Result<Turn>> seen;
   int unconfirmed = turn.blocker.empty() ? 1 : 2;
+  const auto looked_at = looked_at_;
+  bool changed = false;  // something, or it may have before the watches stood
   wire::Lines lines;
+  ClientState::StreamPlace place;
   auto line = [&](std::string_view text) {
     auto decoded = wire::decode_line<wire::WatchLine>(text);
     auto* watch = std::get_if<wire::WatchLine>(&decoded);
+    auto* error = std::get_if<wire::EtcdError>(&decoded);
+    if (error) client_->refused(place, *error);
+    if (watch && watch->canceled) client_->refused(place, {3, watch->cancel_reason});
     if (!watch || watch->canceled) return false;
-    if (watch->created && --unconfirmed == 0) {
-      seen = look(ctx);
-      return *seen && (*seen)->place == Place::Behind && (*seen)->blocker == turn.blocker;
-    }
-    bool changed = !watch->events.empty() && unconfirmed <= 0;
-    if (changed) seen = look(ctx);
-    return !changed || (*seen && (*seen)->place == Place::Behind &&
-                        (*seen)->blocker == turn.blocker);
+    if (watch->created) --unconfirmed;
+    changed = changed || (watch->created ? watch->revision != looked_at : !watch->events.empty());
+    if (!changed || unconfirmed > 0) return true;
+    changed = false;
+    seen = look(ctx);
+    return *seen && (*seen)->place == Place::Behind && (*seen)->blocker == turn.blocker;
   };
   auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
-  auto end = client_->stream("/v3/watch", watch_body(turn), sink, ctx);
-  if (seen) return *seen;
+  auto end = client_->stream("/v3/watch", watch_body(turn), sink, ctx, &place);
+  if (seen && !ctx.done()) return *seen;
   if (!end) return end.error();
   return make_error(ErrorCode::Unavailable, "the watch of a lock has ended");
 }
@@ -5981,6 +6810,17 @@ COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context c
   auto first = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
                                                   detail::Safety::Read, ctx);
   if (!first) return first.error();
+  if (!first->kvs.empty() && detail::of_another_queue(first->kvs.front().key, range.key)) {
+    range.limit = 0;
+    auto all = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
+                                                  detail::Safety::Read, ctx);
+    if (!all) return all.error();
+    auto& kvs = all->kvs;
+    kvs.erase(std::remove_if(kvs.begin(), kvs.end(), [&](const KeyValue& kv) {
+      return detail::of_another_queue(kv.key, range.key);
+    }), kvs.end());
+    first = std::move(all);
+  }
   if (first->kvs.empty()) {
     return detail::make_error(ErrorCode::NotFound, "nobody leads " + name);
   }
@@ -5993,7 +6833,10 @@ namespace detail {
 /// Follows the candidates and tells when the first of them is another or says something else.
 class LeaderTracker {
  public:
+  explicit LeaderTracker(std::string prefix) : prefix_(std::move(prefix)) {}
+
   std::optional<LeaderInfo> operator()(WatchEvent event) {
+    if (of_another_queue(event.kv.key, prefix_)) return std::nullopt;
     if (event.type == EventType::Delete) {
       candidates_.erase(event.kv.key);
     } else {
@@ -6014,6 +6857,7 @@ class LeaderTracker {
   }
 
  private:
+  std::string prefix_;
   std::map<std::string, KeyValue> candidates_;
   LeaderInfo last_;
 };
@@ -6028,7 +6872,7 @@ COORDINATION_API Result<WatchPlan<LeaderInfo>> observe_plan(const CoordinatorSta
   plan.request.range_end = prefix_range_end(plan.request.key);
   plan.mode = RangeFeed::Mode::Live;
   plan.include_existing = true;
-  plan.decode = LeaderTracker();
+  plan.decode = LeaderTracker(plan.request.key);
   return plan;
 }
 
@@ -6085,23 +6929,6 @@ COORDINATION_API Result<void> validate_service(const ServiceInfo& service) {
   return validate_ttl(service.ttl);
 }
 
-/// One at a time, waited for under a Context.
-class Turnstile {
- public:
-  bool enter(const Context& ctx) {
-    return gate_.wait(ctx, [this] { return !std::exchange(busy_, true) || (busy_ = true, false); });
-  }
-  void leave() {
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    busy_ = false;
-    gate_.changed.notify_one();
-  }
-
- private:
-  Gate gate_;
-  bool busy_{false};
-};
-
 /// The intent that a record be there. It owns a key; when that is lost, it makes another.
 class Registration : public std::enable_shared_from_this<Registration> {
  public:
@@ -6113,6 +6940,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
   Result<void> set(ServiceInfo service, RegisterOptions options, const Context& ctx) {
     if (!turnstile_.enter(ctx)) return context_error(ctx, "the service was not registered");
     auto done = set_in_turn(std::move(service), std::move(options), ctx);
+    if (!done && !owned()) ended_ = true;  // it never came to be
     turnstile_.leave();
     return done;
   }
@@ -6123,6 +6951,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
     strand_->close();
     auto owned = swap_owned(nullptr);
     if (!owned || !owned->begin_release()) return {};
+    if (auto spare = owned->take_spare()) client_->leases->drop(spare);
     auto lease = owned->present_lease();
     lease->release();
     auto done = client_->leases->revoke(lease->id, ctx);
@@ -6130,16 +6959,21 @@ class Registration : public std::enable_shared_from_this<Registration> {
     return done;
   }
 
+  /// True once it was ended, or never came to be.
+  bool ended() const { return ended_; }
+
   /// When the Coordinator closes, which revokes all leases.
   void quit() {
     ended_ = true;
-    strand_->close();
     if (auto owned = swap_owned(nullptr)) static_cast<void>(owned->begin_release());
   }
 
  private:
   Result<void> set_in_turn(ServiceInfo service, RegisterOptions options, const Context& ctx) {
-    if (ended_) return closed_error();
+    if (ended_) {
+      return client_->closing ? closed_error()
+                              : make_error(ErrorCode::Conflict, key_ + " was unregistered");
+    }
     auto old = owned();
     bool same_lease = old && old->held() && service.ttl == service_.ttl;
     auto lease = same_lease ? Result<LeasePtr>(old->present_lease())
@@ -6149,10 +6983,10 @@ class Registration : public std::enable_shared_from_this<Registration> {
     Txn txn;
     txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
     auto done = client_->commit(txn, Safety::Idempotent, ctx);
-    if (old && (done || done.error().outcome == Outcome::NotApplied)) old->take_spare();
     if (!done) {
-      bool kept = old && old->held() && done.error().outcome == Outcome::MaybeApplied;
-      if (!same_lease && !kept) client_->leases->drop(*lease);
+      bool maybe = done.error().outcome == Outcome::MaybeApplied;
+      if (old && !same_lease && !maybe) old->take_spare();
+      if (!same_lease && !(old && maybe)) client_->leases->drop(*lease);
       return done.error();
     }
     {
@@ -6160,7 +6994,12 @@ class Registration : public std::enable_shared_from_this<Registration> {
       service_ = std::move(service);
       options_ = std::move(options);
     }
-    if (!same_lease) own(*lease, done->revision);
+    if (same_lease) {
+      auto spare = old->take_spare();
+      if (spare) client_->leases->drop(spare);
+    } else {
+      own(*lease, done->revision);
+    }
     tell(RegistrationEvent::Registered);
     return {};
   }
@@ -6173,7 +7012,11 @@ class Registration : public std::enable_shared_from_this<Registration> {
       if (auto self = weak.lock()) self->lost(raw, error);
     };
     auto old = swap_owned(fresh);
-    if (old && old->begin_release()) old->give_up_leases();
+    if (old && old->begin_release()) {
+      auto spare = old->take_spare();
+      if (spare && spare != lease) client_->leases->drop(spare);
+      old->give_up_leases();
+    }
     fresh->begin();
     if (ended_ && fresh->begin_release()) fresh->give_up_leases();
   }
@@ -6230,7 +7073,8 @@ class Registration : public std::enable_shared_from_this<Registration> {
     turnstile_.leave();
     if (healed) {
       backoff_.reset();
-      return tell(*healed);
+      if (*healed) tell(**healed);
+      return;
     }
     (*client_->log)(LogLevel::Warn, "a service is not registered again yet",
                     {{"key", key_}, {"cause", to_string(healed.error())}});
@@ -6238,9 +7082,9 @@ class Registration : public std::enable_shared_from_this<Registration> {
   }
 
   /// Puts the record where there is none, or where the one with our old lease still is.
-  Result<RegistrationEvent> heal_in_turn(const Context& ctx) {
+  Result<std::optional<RegistrationEvent>> heal_in_turn(const Context& ctx) {
     auto old = owned();
-    if (!old || old->held()) return RegistrationEvent::Registered;
+    if (!old || old->held()) return std::optional<RegistrationEvent>();  // set() was faster
     ServiceInfo service;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -6266,9 +7110,13 @@ class Registration : public std::enable_shared_from_this<Registration> {
     if (!there && tried && !(*tried)->range(0).kvs.empty()) {
       there = (*tried)->range(0).kvs.front().lease == (*lease)->id;  // an earlier attempt did it
     }
-    if (!there) return client_->leases->drop(*lease), RegistrationEvent::Replaced;
-    own(*lease, done->revision);
-    return RegistrationEvent::Registered;
+    auto event = there ? RegistrationEvent::Registered : RegistrationEvent::Replaced;
+    if (there) {
+      own(*lease, done->revision);
+    } else {
+      client_->leases->drop(*lease);
+    }
+    return std::optional<RegistrationEvent>(event);
   }
 
   const std::shared_ptr<ClientState> client_;
@@ -6299,13 +7147,13 @@ struct RegistryState {
   }
 };
 
-/// A record, or what its key tells if it cannot be read.
 COORDINATION_API std::optional<ServiceInfo> read_service(const KeyValue& kv, const Log& log) {
   auto service = wire::decode_service(kv.value);
   if (!service) log(LogLevel::Warn, "a service record cannot be read", {{"key", kv.key}});
   return service;
 }
 
+/// Of a record that cannot be read: nothing, or, when it goes, what its key tells.
 COORDINATION_API std::optional<ServiceEvent> service_event(WatchEvent event, const Log& log) {
   ServiceEvent result;
   result.type = event.type;
@@ -6362,15 +7210,14 @@ COORDINATION_API Result<std::shared_ptr<ViewCore>> open_view(const CoordinatorSt
 
 /// The records of a view, decoded once per change.
 COORDINATION_API std::shared_ptr<const std::vector<ServiceInfo>> decoded_services(ViewCore& view) {
-  std::lock_guard<std::mutex> lock(view.mutex);
-  return view.feed->look([&](const RangeFeed::Known& known, std::int64_t revision) {
-    if (view.decoded && view.decoded_revision == revision) return view.decoded;
+  std::lock_guard<std::mutex> lock(view.decoding);
+  return view.feed->look([&](const RangeFeed::Known& known, std::int64_t) {
+    if (!std::exchange(view.stale, false)) return view.decoded;
     auto services = std::make_shared<std::vector<ServiceInfo>>();
     for (auto& entry : known) {
       auto service = wire::decode_service(entry.second.value);
       if (service) services->push_back(std::move(*service));
     }
-    view.decoded_revision = revision;
     return view.decoded = std::move(services);
   });
 }
@@ -6390,23 +7237,21 @@ COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo serv
   if (client->closing) return detail::closed_error();
   auto key = state_->path("/services/", service.name) + "/" + service.id;
   auto id = service.id;
+  auto& registry = *state_->registry;
   std::shared_ptr<detail::Registration> registration;
-  bool fresh = false;
   {
-    std::lock_guard<std::mutex> lock(state_->registry->mutex);
-    auto& slot = state_->registry->by_key[key];
-    fresh = !slot.second;
-    if (fresh) slot = {id, std::make_shared<detail::Registration>(client, key)};
+    std::lock_guard<std::mutex> lock(registry.mutex);
+    auto& slot = registry.by_key[key];
+    bool usable = slot.second && !slot.second->ended();
+    if (!usable) slot = {id, std::make_shared<detail::Registration>(client, key)};
     registration = slot.second;
   }
-  auto done = registration->set(std::move(service), std::move(options), ctx);
-  if (done || !fresh) return done;
-  static_cast<void>(registration->end(ctx));
-  std::lock_guard<std::mutex> lock(state_->registry->mutex);
-  auto it = state_->registry->by_key.find(key);
-  if (it != state_->registry->by_key.end() && it->second.second == registration) {
-    state_->registry->by_key.erase(it);
-  }
+  auto done = registration->set(std::move(service), std::move(options), client->bounded(ctx));
+  if (!registration->ended()) return done;
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  auto it = registry.by_key.find(key);
+  bool ours = it != registry.by_key.end() && it->second.second == registration;
+  if (ours) registry.by_key.erase(it);
   return done;
 }
 
@@ -6414,6 +7259,7 @@ COORDINATION_API Result<void> ServiceRegistry::unregister(std::string id, Contex
   auto valid = detail::validate_segment(id, "id");
   if (!valid) return valid;
   if (state_->client->closing) return detail::closed_error();
+  ctx = state_->client->bounded(ctx);
   auto registrations = state_->registry->take(&id);
   if (registrations.empty()) {
     return detail::make_error(ErrorCode::NotFound, "no service with the id " + id +
@@ -6434,7 +7280,7 @@ COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std:
   RangeRequest range;
   range.key = state_->path("/services/", name) + "/";
   range.range_end = prefix_range_end(range.key);
-  auto all = detail::read_range(*state_->client, std::move(range), ctx);
+  auto all = detail::read_range(*state_->client, range, state_->client->bounded(ctx));
   if (!all) return all.error();
   std::vector<ServiceInfo> services;
   for (auto& kv : all->first) {
@@ -6502,6 +7348,10 @@ COORDINATION_API Result<ServiceInfo> ServiceView::pick(Pick how) {
   }
   auto turn = how == Pick::Random ? detail::random_number() : core_->turn++;
   return (*services)[turn % services->size()];
+}
+
+COORDINATION_API Result<void> ServiceView::wait_for(std::int64_t revision, Context ctx) const {
+  return core_->wait_for(revision, ctx);
 }
 
 COORDINATION_API std::int64_t ServiceView::revision() const {
@@ -6655,6 +7505,7 @@ COORDINATION_API Result<void> ConfigCenter::set(std::string key, const nlohmann:
   auto bytes = detail::config_bytes(key, value);
   if (!bytes) return bytes.error();
   auto path = state_->path("/config/", key);
+  ctx = state_->client->bounded(ctx);
   PutRequest put;
   put.key = path;
   put.value = *bytes;
@@ -6686,14 +7537,13 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string 
                                                        " was changed since revision " +
                                                        std::to_string(expected_revision));
   }
-  return detail::settle(*state_->client, path, done.error(), ctx, [&](const KeyValue* kv) {
-    return kv && kv->value == *bytes && kv->mod_revision > expected_revision;
-  });
+  return done.error();  // an equal value may be somebody else's: it cannot be settled
 }
 
 COORDINATION_API Result<void> ConfigCenter::remove(std::string key, Context ctx) {
   auto valid = detail::validate_key(key, "key");
   if (!valid) return valid;
+  ctx = state_->client->bounded(ctx);
   RemoveRequest remove;
   remove.key = state_->path("/config/", key);
   auto done = state_->client->ask<RemoveResponse>("/v3/kv/deleterange", detail::wire::body(remove),
@@ -6714,7 +7564,7 @@ COORDINATION_API Result<std::vector<std::string>> ConfigCenter::list(std::string
   request.key = range->begin();
   request.range_end = range->end();
   request.keys_only = true;
-  auto all = detail::read_range(*state_->client, std::move(request), ctx);
+  auto all = detail::read_range(*state_->client, request, state_->client->bounded(ctx));
   if (!all) return all.error();
   std::vector<std::string> keys;
   for (auto& kv : all->first) {
@@ -6827,6 +7677,10 @@ COORDINATION_API std::vector<std::string> ConfigView::keys() const {
   });
 }
 
+COORDINATION_API Result<void> ConfigView::wait_for(std::int64_t revision, Context ctx) const {
+  return core_->wait_for(revision, ctx);
+}
+
 COORDINATION_API std::int64_t ConfigView::revision() const {
   return core_->feed->look([](const auto&, std::int64_t revision) { return revision; });
 }
@@ -6896,6 +7750,7 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   client->leases = std::make_shared<LeaseKeeper>(client);
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
+  client->options.timeout = std::min(client->options.timeout, kLongest);
   client->clock->on_jump([weak = std::weak_ptr<LeaseKeeper>(client->leases)] {
     auto keeper = weak.lock();
     if (keeper) keeper->wake();
@@ -6943,8 +7798,16 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
   Coordinator coordinator(state);
   auto served = detail::knock(*state->client, ctx);
   if (!served) return served.error();
-  (*state->client->log)(LogLevel::Info, "connected", {});
+  auto& members = *state->client->members;
+  auto& endpoint = members.url(members.current());
+  (*state->client->log)(LogLevel::Info, "connected", {{"endpoint", endpoint}});
   return coordinator;
+}
+
+COORDINATION_API Coordinator Coordinator::in_memory() {
+  CoordinatorOptions options;
+  options.transport = std::make_shared<MemoryEtcd>();
+  return connect(std::move(options)).value();
 }
 
 COORDINATION_API Coordinator::Coordinator(std::shared_ptr<detail::CoordinatorState> state)
@@ -6965,7 +7828,8 @@ COORDINATION_API Coordinator& Coordinator::operator=(Coordinator&& other) noexce
 COORDINATION_API Coordinator::~Coordinator() { static_cast<void>(close()); }
 
 COORDINATION_API Result<void> Coordinator::close() {
-  if (state_) detail::close_coordinator(*state_);
+  auto keep = state_;  // a handler may destroy the Coordinator meanwhile
+  if (keep) detail::close_coordinator(*keep);
   return {};
 }
 
@@ -7083,6 +7947,1212 @@ COORDINATION_API Result<Subscription> watch_config(
 COORDINATION_API Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx) {
   return detail::with_default([&](Coordinator& c) { return c.config().list(prefix, ctx); });
 }
+
+// == 14. MemoryEtcd =============================================================================
+
+namespace detail::memory {
+
+using namespace wire::gateway;
+
+template <class T>
+using Answer = std::variant<T, Refusal>;
+using MaybeRefusal = std::optional<Refusal>;
+
+/// Whether `key` is in the range from `first` to `end`, as etcd's range_end means it.
+COORDINATION_API bool in_range(const std::string& key, const std::string& first,
+                               const std::string& end) {
+  if (end.empty()) return key == first;
+  if (end == std::string(1, '\0')) return key >= first;
+  return key >= first && key < end;
+}
+
+// What etcd refuses before it looks at tokens or data.
+
+inline constexpr std::size_t kMaxTxnOps = 128;
+using TxnPtr = std::shared_ptr<const Txn>;
+
+COORDINATION_API MaybeRefusal check_op(const RangeRequest& request, std::size_t) {
+  return request.key.empty() ? MaybeRefusal(refused::empty_key) : std::nullopt;
+}
+
+COORDINATION_API MaybeRefusal check_op(const RemoveRequest& request, std::size_t) {
+  return request.key.empty() ? MaybeRefusal(refused::empty_key) : std::nullopt;
+}
+
+COORDINATION_API MaybeRefusal check_op(const PutRequest& request, std::size_t) {
+  if (request.key.empty()) return refused::empty_key;
+  if (request.ignore_value && !request.value.empty()) return refused::value_given;
+  if (request.ignore_lease && request.lease != 0) return refused::lease_given;
+  return std::nullopt;
+}
+
+COORDINATION_API MaybeRefusal check_op(const TxnPtr& txn, std::size_t budget) {
+  if (!txn) return refused::key_not_found;
+  const std::size_t size =
+      std::max({txn->compare.size(), txn->success.size(), txn->failure.size()});
+  if (size > budget) return refused::too_many_ops;
+  for (const Compare& compare : txn->compare) {
+    if (compare.key.empty()) return refused::empty_key;
+  }
+
+  for (const auto* ops : {&txn->success, &txn->failure}) {
+    for (const Op& op : *ops) {
+      const auto check = [&](const auto& inner) { return check_op(inner, budget - size); };
+      if (const MaybeRefusal refusal = std::visit(check, op.request)) return refusal;
+    }
+  }
+
+  return std::nullopt;
+}
+
+/// Finds the keys that a list of operations would write twice, as etcd's checkIntervals does.
+class TxnWrites {
+ public:
+  /// False if a key is put twice, or put and removed.
+  bool add(const std::vector<Op>& ops) {
+    for (const Op& op : ops) {
+      if (auto* request = std::get_if<RemoveRequest>(&op.request)) removed_.push_back(*request);
+    }
+    for (const Op& op : ops) {
+      auto* txn = std::get_if<TxnPtr>(&op.request);
+      if (txn && !add_inner(**txn)) return false;
+    }
+    for (const Op& op : ops) {
+      auto* request = std::get_if<PutRequest>(&op.request);
+      if (request && !add_put(request->key)) return false;
+    }
+    return true;
+  }
+
+ private:
+  bool add_put(const std::string& key) { return !removes(key) && put_.insert(key).second; }
+
+  // Only one branch is ever taken, so both may put the same key.
+  bool add_inner(const Txn& txn) {
+    TxnWrites success, failure;
+    if (!success.add(txn.success) || !failure.add(txn.failure)) return false;
+    for (const std::string& key : success.put_) {
+      if (!add_put(key)) return false;
+    }
+    for (const std::string& key : failure.put_) {
+      if (removes(key)) return false;
+      if (!put_.insert(key).second && success.put_.count(key) == 0) return false;
+    }
+    for (const TxnWrites* writes : {&success, &failure}) {
+      removed_.insert(removed_.end(), writes->removed_.begin(), writes->removed_.end());
+    }
+    return true;
+  }
+
+  bool removes(const std::string& key) const {
+    return std::any_of(removed_.begin(), removed_.end(), [&](const RemoveRequest& range) {
+      return key == range.key || in_range(key, range.key, range.range_end);
+    });
+  }
+
+  std::set<std::string> put_;
+  std::vector<RemoveRequest> removed_;
+};
+
+template <class Request>
+MaybeRefusal check(const Request& request) {
+  constexpr bool is_op = std::is_constructible_v<decltype(Op::request), const Request&>;
+  if constexpr (is_op) return check_op(request, kMaxTxnOps);
+  return std::nullopt;
+}
+
+COORDINATION_API MaybeRefusal check(const Txn& txn) {
+  const TxnPtr unowned(TxnPtr(), &txn);
+  if (const MaybeRefusal refusal = check_op(unowned, kMaxTxnOps)) return refusal;
+  for (const auto* ops : {&txn.success, &txn.failure}) {
+    if (!TxnWrites().add(*ops)) return refused::duplicate_key;
+  }
+
+  return std::nullopt;
+}
+
+COORDINATION_API bool sorts_before(SortTarget target, const KeyValue& a, const KeyValue& b) {
+  switch (target) {
+    case SortTarget::Version: return a.version < b.version;
+    case SortTarget::Create: return a.create_revision < b.create_revision;
+    case SortTarget::Mod: return a.mod_revision < b.mod_revision;
+    case SortTarget::Value: return a.value < b.value;
+    default: return a.key < b.key;
+  }
+}
+
+COORDINATION_API bool passes_filters(const RangeRequest& request, const KeyValue& kv) {
+  const auto within = [](std::int64_t revision, std::int64_t min, std::int64_t max) {
+    return (min == 0 || revision >= min) && (max == 0 || revision <= max);
+  };
+  return within(kv.mod_revision, request.min_mod_revision, request.max_mod_revision) &&
+         within(kv.create_revision, request.min_create_revision, request.max_create_revision);
+}
+
+COORDINATION_API void sort_range(const RangeRequest& request, std::vector<const KeyValue*>& kvs) {
+  const SortTarget target = request.sort_target;
+  if (request.sort_order == SortOrder::Descend) {
+    std::stable_sort(kvs.begin(), kvs.end(), [target](const KeyValue* a, const KeyValue* b) {
+      return sorts_before(target, *b, *a);
+    });
+  } else {  // etcd sorts by other targets than the key even if no order is given
+    std::stable_sort(kvs.begin(), kvs.end(), [target](const KeyValue* a, const KeyValue* b) {
+      return sorts_before(target, *a, *b);
+    });
+  }
+}
+
+template <class T>
+bool compares(const T& a, Compare::Is is, const T& b) {
+  switch (is) {
+    case Compare::Is::Greater: return a > b;
+    case Compare::Is::Less: return a < b;
+    case Compare::Is::NotEqual: return a != b;
+    default: return a == b;
+  }
+}
+
+COORDINATION_API bool compares(const KeyValue& kv, const Compare& compare) {
+  switch (compare.target) {
+    case Compare::Target::Create: return compares(kv.create_revision, compare.is, compare.number);
+    case Compare::Target::Mod: return compares(kv.mod_revision, compare.is, compare.number);
+    case Compare::Target::Lease: return compares(kv.lease, compare.is, compare.number);
+    case Compare::Target::Value: return compares(kv.value, compare.is, compare.bytes);
+    default: return compares(kv.version, compare.is, compare.number);
+  }
+}
+
+/// Keys, revisions and leases: what etcd calls mvcc and lessor. It takes no lock and reads no
+/// clock. Requests must have passed check().
+class Mvcc {
+ public:
+  using TimePoint = Clock::time_point;
+  using Record = std::shared_ptr<const KeyValue>;
+
+  std::int64_t revision() const { return revision_; }
+  std::int64_t compacted() const { return compacted_; }
+  std::vector<std::string> keys() const {
+    std::vector<std::string> result;
+    for (const auto& [key, history] : keys_) {
+      if (history.back()->version != 0) result.push_back(key);
+    }
+    return result;
+  }
+
+  std::vector<std::int64_t> leases() const {
+    std::vector<std::int64_t> result;
+    for (const auto& lease : leases_) result.push_back(lease.first);
+    return result;
+  }
+
+  Answer<RangeResponse> range(const RangeRequest& request) const {
+    if (request.revision > revision_) return refused::future;
+    if (request.revision > 0 && request.revision < compacted_) return refused::compacted;
+    return apply(request);
+  }
+
+  Answer<PutResponse> put(const PutRequest& request) {
+    if (lacks_lease(request)) return refused::lease_not_found;
+    if (lacks_key(request)) return refused::key_not_found;
+    PutResponse response = apply(request);
+    finish();
+    return response;
+  }
+
+  Answer<RemoveResponse> remove(const RemoveRequest& request) {
+    RemoveResponse response = apply(request);
+    finish();
+    return response;
+  }
+
+  Answer<TxnResponse> commit(const Txn& txn) {
+    const Branch branch = choose(txn);
+    if (const MaybeRefusal refusal = refuse_any<PutRequest>(branch)) return *refusal;
+    if (const MaybeRefusal refusal = refuse_any<RangeRequest>(branch)) return *refusal;
+    TxnResponse response = apply(branch);
+    finish();
+    return response;
+  }
+
+  Answer<EmptyResponse> compact(std::int64_t revision) {
+    if (revision <= compacted_) return refused::compacted;
+    if (revision > revision_) return refused::future;
+    compacted_ = revision;
+    while (!changes_.empty() && changes_.front().kv->mod_revision < revision) changes_.pop_front();
+    for (Change& change : changes_) {
+      if (change.kv->mod_revision == revision) change.prev = nullptr;
+    }
+    const auto newer = [](std::int64_t limit, const Record& kv) {
+      return limit < kv->mod_revision;
+    };
+    for (auto it = keys_.begin(); it != keys_.end();) {
+      History& history = it->second;
+      auto keep = std::upper_bound(history.begin(), history.end(), revision, newer);
+      if (keep != history.begin() && (*std::prev(keep))->version != 0) --keep;
+      history.erase(history.begin(), keep);
+      it = history.empty() ? keys_.erase(it) : std::next(it);
+    }
+    return EmptyResponse{revision_};
+  }
+
+  Answer<LeaseResponse> grant(GrantRequest request, TimePoint now) {
+    constexpr std::int64_t min_ttl = 2, max_ttl = 9'000'000'000;  // etcd's, with its defaults
+    if (request.ttl > max_ttl) return refused::ttl_too_large;
+    while (request.id == 0 || (request.id == next_lease_ && leases_.count(request.id) != 0)) {
+      request.id = ++next_lease_;
+    }
+    if (leases_.count(request.id) != 0) return refused::lease_exists;
+    const std::int64_t ttl = std::max(request.ttl, min_ttl);
+    const TimePoint expiry = now + std::chrono::seconds(ttl);
+    leases_[request.id] = {ttl, expiry, {}};
+    expiries_.emplace(expiry, request.id);
+    return LeaseResponse{revision_, request.id, ttl};
+  }
+
+  Answer<EmptyResponse> revoke(std::int64_t id) {
+    const auto lease = leases_.find(id);
+    if (lease == leases_.end()) return refused::lease_not_found;
+    const std::set<std::string> keys = lease->second.keys;
+    for (const std::string& key : keys) apply(RemoveRequest{key});
+    finish();
+    expiries_.erase({lease->second.expiry, id});
+    leases_.erase(lease);
+    return EmptyResponse{revision_};
+  }
+
+  LeaseResponse keep_alive(std::int64_t id, TimePoint now) {
+    const auto lease = leases_.find(id);
+    if (lease == leases_.end()) return {revision_, id};
+    LeaseRecord& record = lease->second;
+    expiries_.erase({record.expiry, id});
+    record.expiry = now + std::chrono::seconds(record.ttl);
+    expiries_.emplace(record.expiry, id);
+    return {revision_, id, record.ttl};
+  }
+
+  LeaseResponse time_to_live(const TimeToLiveRequest& request, TimePoint now) const {
+    const auto lease = leases_.find(request.id);
+    if (lease == leases_.end()) return {revision_, request.id, -1};
+    const auto& [ttl, expiry, keys] = lease->second;
+    const auto left = std::chrono::duration_cast<std::chrono::seconds>(expiry - now);
+    LeaseResponse response{revision_, request.id, left.count(), ttl};
+    if (request.keys) response.keys.assign(keys.begin(), keys.end());
+    return response;
+  }
+
+  /// The keys that go with a lease; empty if there is no such lease.
+  std::set<std::string> keys_of(std::int64_t lease) const {
+    const auto it = leases_.find(lease);
+    return it == leases_.end() ? std::set<std::string>() : it->second.keys;
+  }
+
+  void expire(TimePoint now) {
+    while (next_expiry() <= now) static_cast<void>(revoke(expiries_.begin()->second));
+  }
+
+  /// TimePoint::max() if there is no lease.
+  TimePoint next_expiry() const {
+    return expiries_.empty() ? TimePoint::max() : expiries_.begin()->first;
+  }
+
+  /// Calls `visit` with every change since `revision`, in order.
+  template <class Visit>
+  void changes_since(std::int64_t revision, Visit visit) const {
+    const auto older = [](const Change& change, std::int64_t limit) {
+      return change.kv->mod_revision < limit;
+    };
+    auto it = std::lower_bound(changes_.begin(), changes_.end(), revision, older);
+    for (; it != changes_.end(); ++it) visit(*it);
+  }
+
+ private:
+  using History = std::vector<Record>;  // the versions of one key, oldest first
+  struct LeaseRecord {
+    std::int64_t ttl;
+    TimePoint expiry;
+    std::set<std::string> keys;
+  };
+  // The branch that a Txn takes; settled for all levels before anything is written.
+  struct Branch {
+    bool succeeded;
+    const std::vector<Op>* ops;
+    std::vector<Branch> inner;
+  };
+
+  // The revision, counting what is written but not finished.
+  std::int64_t head() const {
+    return changes_.empty() ? revision_ : std::max(revision_, changes_.back().kv->mod_revision);
+  }
+
+  void finish() { revision_ = head(); }
+
+  Record find(const std::string& key) const {
+    const auto it = keys_.find(key);
+    return it == keys_.end() || it->second.back()->version == 0 ? nullptr : it->second.back();
+  }
+
+  std::vector<const KeyValue*> select(const std::string& key, const std::string& range_end,
+                                      std::int64_t revision) const {
+    const auto newer = [](std::int64_t limit, const Record& kv) {
+      return limit < kv->mod_revision;
+    };
+    std::vector<const KeyValue*> result;
+    for (auto it = keys_.lower_bound(key); it != keys_.end(); ++it) {
+      if (!in_range(it->first, key, range_end)) break;
+      const History& history = it->second;
+      const auto next = std::upper_bound(history.begin(), history.end(), revision, newer);
+      if (next != history.begin() && (*std::prev(next))->version != 0) {
+        result.push_back(std::prev(next)->get());
+      }
+    }
+    return result;
+  }
+
+  RangeResponse apply(const RangeRequest& request) const {
+    const std::int64_t revision = request.revision > 0 ? request.revision : head();
+    auto kvs = select(request.key, request.range_end, revision);
+    RangeResponse response;
+    response.revision = head();
+    response.count = static_cast<std::int64_t>(kvs.size());
+    if (request.count_only) return response;
+
+    // A limit without an order is applied before etcd filters and sorts; one more shows `more`.
+    const bool filtered = request.min_mod_revision || request.max_mod_revision ||
+                          request.min_create_revision || request.max_create_revision;
+    const auto limit = static_cast<std::size_t>(std::max<std::int64_t>(request.limit, 0));
+    const bool early = limit != 0 && request.sort_order == SortOrder::None && !filtered;
+    if (early && kvs.size() > limit + 1) kvs.resize(limit + 1);
+    const auto fails = [&](const KeyValue* kv) { return !passes_filters(request, *kv); };
+    kvs.erase(std::remove_if(kvs.begin(), kvs.end(), fails), kvs.end());
+    sort_range(request, kvs);
+    response.more = limit != 0 && kvs.size() > limit;
+    if (response.more) kvs.resize(limit);
+    for (const KeyValue* kv : kvs) {
+      response.kvs.push_back(*kv);
+      if (request.keys_only) response.kvs.back().value.clear();
+    }
+    return response;
+  }
+
+  PutResponse apply(const PutRequest& request) {
+    const Record prev = find(request.key);
+    auto kv = std::make_shared<KeyValue>();
+    kv->key = request.key;
+    kv->value = request.ignore_value ? prev->value : request.value;
+    kv->lease = request.ignore_lease ? prev->lease : request.lease;
+    kv->mod_revision = revision_ + 1;
+    kv->create_revision = prev ? prev->create_revision : revision_ + 1;
+    kv->version = prev ? prev->version + 1 : 1;
+    record(std::move(kv), prev);
+
+    PutResponse response;
+    response.revision = head();
+    if (request.prev_kv && prev) response.prev_kv = *prev;
+    return response;
+  }
+
+  RemoveResponse apply(const RemoveRequest& request) {
+    RemoveResponse response;
+    for (const KeyValue* prev : select(request.key, request.range_end, head())) {
+      if (request.prev_kv) response.prev_kvs.push_back(*prev);
+      auto kv = std::make_shared<KeyValue>();
+      kv->key = prev->key;
+      kv->mod_revision = revision_ + 1;
+      record(std::move(kv), find(prev->key));
+      ++response.deleted;
+    }
+    response.revision = head();
+    return response;
+  }
+
+  void record(Record kv, Record prev) {
+    if (prev && prev->lease != 0) leases_.at(prev->lease).keys.erase(kv->key);
+    if (kv->lease != 0) leases_.at(kv->lease).keys.insert(kv->key);
+    keys_[kv->key].push_back(kv);
+    changes_.push_back({std::move(kv), std::move(prev)});
+  }
+
+  bool lacks_lease(const PutRequest& request) const {
+    return request.lease != 0 && leases_.count(request.lease) == 0;
+  }
+
+  bool lacks_key(const PutRequest& request) const {
+    return (request.ignore_value || request.ignore_lease) && !find(request.key);
+  }
+
+  // In a Txn etcd looks for the key first.
+  MaybeRefusal refuse(const PutRequest& request) const {
+    if (lacks_key(request)) return refused::key_not_found;
+    if (lacks_lease(request)) return refused::lease_not_found;
+    return std::nullopt;
+  }
+
+  MaybeRefusal refuse(const RangeRequest& request) const {
+    if (request.revision > revision_) return refused::future;
+    if (request.revision != 0 && request.revision < compacted_) return refused::compacted;
+    return std::nullopt;
+  }
+
+  template <class Request>
+  MaybeRefusal refuse_any(const Branch& branch) const {
+    auto inner = branch.inner.begin();
+    for (const Op& op : *branch.ops) {
+      MaybeRefusal refusal;
+      if (auto* request = std::get_if<Request>(&op.request)) refusal = refuse(*request);
+      if (op.request.index() == 3) refusal = refuse_any<Request>(*inner++);
+      if (refusal) return refusal;
+    }
+    return std::nullopt;
+  }
+
+  bool holds(const Compare& compare) const {
+    const auto kvs = select(compare.key, compare.range_end, revision_);
+    if (kvs.empty()) {
+      return compare.target != Compare::Target::Value && compares(KeyValue(), compare);
+    }
+    return std::all_of(kvs.begin(), kvs.end(),
+                       [&](const KeyValue* kv) { return compares(*kv, compare); });
+  }
+
+  Branch choose(const Txn& txn) const {
+    const bool succeeded = std::all_of(txn.compare.begin(), txn.compare.end(),
+                                       [this](const Compare& compare) { return holds(compare); });
+    Branch branch{succeeded, succeeded ? &txn.success : &txn.failure, {}};
+    for (const Op& op : *branch.ops) {
+      auto* inner = std::get_if<TxnPtr>(&op.request);
+      if (inner) branch.inner.push_back(choose(**inner));
+    }
+    return branch;
+  }
+
+  TxnResponse apply(const Branch& branch) {
+    TxnResponse response;
+    response.succeeded = branch.succeeded;
+    auto inner = branch.inner.begin();
+    for (const Op& op : *branch.ops) {
+      const auto apply_op = [&](const auto& request) -> OpResponse {
+        using Request = std::decay_t<decltype(request)>;
+        if constexpr (std::is_same_v<Request, TxnPtr>) {
+          return std::make_shared<const TxnResponse>(apply(*inner++));
+        } else {
+          return apply(request);
+        }
+      };
+      response.responses.push_back(std::visit(apply_op, op.request));
+    }
+    response.revision = head();
+    return response;
+  }
+
+  std::int64_t revision_{1};
+  std::int64_t compacted_{-1};
+  std::map<std::string, History> keys_;
+  std::deque<Change> changes_;
+  std::map<std::int64_t, LeaseRecord> leases_;
+  std::set<std::pair<TimePoint, std::int64_t>> expiries_;
+  std::int64_t next_lease_{7587870000000000001};
+};
+
+/// Users, their passwords and their tokens.
+struct Accounts {
+  struct User {
+    std::string password;
+    std::string prefix;  // of the keys that are his
+    bool root{false};
+  };
+
+  bool on{false};
+  std::map<std::string, User> users;
+  std::map<std::string, std::string> tokens;  // token -> name
+  std::int64_t issued{0};
+};
+
+/// Whom a request comes from, and what he may do: by the rules of etcd 3.5.30, which are the
+/// strictest. Without authentication anybody may do anything.
+class Caller {
+ public:
+  Caller(const Mvcc& mvcc, const Accounts::User* user) : mvcc_(&mvcc), user_(user) {}
+
+  bool may(const std::string& key, const std::string& range_end) const {
+    if (is_root()) return true;
+    const std::string all(1, '\0');
+    const std::string limit = prefix_range_end(user_->prefix);
+    if (key.compare(0, user_->prefix.size(), user_->prefix) != 0) return false;
+    return range_end.empty() || limit == all || (range_end != all && range_end <= limit);
+  }
+
+  bool may(const RangeRequest& request) const { return may(request.key, request.range_end); }
+  bool may(const RemoveRequest& request) const { return may(request.key, request.range_end); }
+  bool may(const PutRequest& request) const {
+    return may(request.key, "") && may_touch(request.lease);
+  }
+
+  bool may(const TxnPtr& txn) const { return may(*txn); }
+  bool may(const Txn& txn) const {
+    const auto range = [this](const Compare& c) { return may(c.key, c.range_end); };
+    const auto request = [this](const auto& r) { return may(r); };
+    const auto op = [&](const Op& o) { return std::visit(request, o.request); };
+    return std::all_of(txn.compare.begin(), txn.compare.end(), range) &&
+           std::all_of(txn.success.begin(), txn.success.end(), op) &&
+           std::all_of(txn.failure.begin(), txn.failure.end(), op);
+  }
+
+  bool may(const GrantRequest&) const { return true; }
+  bool may(const RevokeRequest& request) const { return may_touch(request.id); }
+  bool may(const KeepAliveRequest& request) const { return may_touch(request.id); }
+  bool may(const TimeToLiveRequest& request) const {
+    return !request.keys || may_touch(request.id);
+  }
+
+  /// Compaction, leases and status.
+  template <class Request>
+  bool may(const Request&) const {
+    return is_root();
+  }
+
+ private:
+  bool is_root() const { return !user_ || user_->root; }
+  bool may_touch(std::int64_t lease) const {
+    const std::set<std::string> keys = mvcc_->keys_of(lease);
+    return std::all_of(keys.begin(), keys.end(), [this](const auto& key) { return may(key, ""); });
+  }
+
+  const Mvcc* mvcc_;
+  const Accounts::User* user_;
+};
+
+enum class StreamEnd { None, Clean, MidLine, Lost };
+
+/// An open watch request; it lives on the stack of the thread that serves it.
+struct WatchStream {
+  const HttpRequest& request;
+  const ChunkSink& sink;
+  const Context& ctx;
+  std::condition_variable wake{};
+  std::deque<StreamLine> lines{};                    // still to be sent
+  std::map<std::int64_t, std::uint64_t> watchers{};  // watch id -> number in the Store
+  std::int64_t next_id{0};
+  StreamEnd end{StreamEnd::None};
+};
+
+struct Watcher {
+  WatchStream* stream;
+  WatchCreate request;  // start_revision: the first that it has not been sent
+};
+
+/// What shall go wrong; see MemoryEtcd.
+struct Faults {
+  int fail_next{0};
+  int drop_replies{0};
+  int no_leader{0};
+  std::map<std::int64_t, bool> by_number;  // true: applied
+  milliseconds delay{0};
+  std::set<std::string> partitioned;  // endpoints; "" = all
+};
+
+/// Without the scheme.
+COORDINATION_API std::string bare_endpoint(const std::string& endpoint) {
+  const auto scheme = endpoint.find("://");
+  return scheme == std::string::npos ? endpoint : endpoint.substr(scheme + 3);
+}
+
+COORDINATION_API Error refused_error(const HttpRequest& request) {
+  return {ErrorCode::Connection, "cannot reach " + request.endpoint, "Connection refused"};
+}
+
+COORDINATION_API Error lost_error(const HttpRequest& request) {
+  return {ErrorCode::Connection, "lost the connection to " + request.endpoint,
+          "Connection reset by peer", Outcome::MaybeApplied};
+}
+
+COORDINATION_API Error ended_error(const Context& ctx, const HttpRequest& request,
+                                   Outcome outcome) {
+  return context_error(ctx, "no answer from " + request.endpoint, "", outcome);
+}
+
+COORDINATION_API HttpResponse no_leader_response(const HttpRequest& request) {
+  const bool stream = request.path == "/v3/watch" || request.path == "/v3/lease/keepalive";
+  return {refused::no_leader.status,
+          stream ? error_line(refused::no_leader) : error_body(refused::no_leader)};
+}
+
+/// Gives the body of a good answer to the sink, if there is one.
+COORDINATION_API HttpResponse deliver(HttpResponse response, const ChunkSink& sink) {
+  if (!sink || response.status != 200) return response;
+  if (!response.body.empty()) sink(response.body);
+  return {response.status, ""};
+}
+
+/// Waits for as long as answers are delayed; an Error if the caller's patience ends before.
+COORDINATION_API std::optional<Error> linger(milliseconds delay, const HttpRequest& request,
+                                             const Context& ctx) {
+  if (delay.count() <= 0) return std::nullopt;
+  const bool idle = request.idle_timeout.count() > 0 && request.idle_timeout < delay;
+  if (!pause(ctx, idle ? request.idle_timeout : delay)) {
+    return ended_error(ctx, request, Outcome::MaybeApplied);
+  }
+
+  if (idle) return lost_error(request);
+  return std::nullopt;
+}
+
+/// Whether a watcher is to be told of a change.
+COORDINATION_API bool wants(const WatchCreate& watch, const Change& change) {
+  const bool filtered = change.kv->version == 0 ? watch.no_delete : watch.no_put;
+  return !filtered && change.kv->mod_revision >= watch.start_revision &&
+         in_range(change.kv->key, watch.key, watch.range_end);
+}
+
+/// The etcd behind any number of MemoryEtcd's callers.
+class Store {
+ public:
+  explicit Store(std::shared_ptr<Clock> clock) : clock_(std::move(clock)) {}
+
+  Result<HttpResponse> serve(const HttpRequest& request, const ChunkSink& sink,
+                             const Context& ctx) {
+    if (ctx.done()) return ended_error(ctx, request, Outcome::NotApplied);
+    if (request.path == "/v3/watch") return serve_watch(request, sink, ctx);
+    HttpResponse response;
+    Fate fate;
+    milliseconds delay;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      settle();
+      fate = next_fate(request);
+      delay = faults_.delay;
+      if (fate == Fate::Refuse) return refused_error(request);
+      response = fate == Fate::NoLeader ? no_leader_response(request) : answer(request);
+      publish();
+    }
+    if (auto error = linger(delay, request, ctx)) return *std::move(error);
+    if (fate == Fate::DropReply) return lost_error(request);
+    return deliver(std::move(response), sink);
+  }
+
+  /// Runs `action` while nothing else does, with all leases gone that have run out.
+  template <class Action>
+  auto with(Action action) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    settle();
+    return action(*this);
+  }
+
+  // For use inside with():
+  Mvcc& mvcc() { return mvcc_; }
+  Accounts& accounts() { return accounts_; }
+  Faults& faults() { return faults_; }
+  std::int64_t requests() const { return requests_; }
+  std::shared_ptr<ManualClock>& manual_clock() { return manual_clock_; }
+  /// Tells the watchers what has changed: of each revision one line to each.
+  void publish() {
+    if (published_ == mvcc_.revision()) return;
+    std::map<std::pair<std::int64_t, std::uint64_t>, StreamLine> lines;
+    const auto offer = [&](std::uint64_t number, const Change& change) {
+      const WatchCreate& watch = watchers_.at(number).request;
+      if (!wants(watch, change)) return;
+      StreamLine& line = lines[{change.kv->mod_revision, number}];
+      line.revision = change.kv->mod_revision;
+      line.watch_id = watch.id;
+      line.prev_kv = watch.prev_kv;
+      line.changes.push_back(change);
+    };
+    mvcc_.changes_since(published_ + 1, [&](const Change& change) {
+      const auto of_key = watchers_of_key_.find(change.kv->key);
+      if (of_key != watchers_of_key_.end()) {
+        for (const std::uint64_t number : of_key->second) offer(number, change);
+      }
+      for (const std::uint64_t number : watchers_of_ranges_) offer(number, change);
+    });
+    published_ = mvcc_.revision();
+    for (auto& [key, line] : lines) {
+      WatchStream& stream = *watchers_.at(key.second).stream;
+      stream.lines.push_back(std::move(line));
+      stream.wake.notify_all();
+    }
+  }
+
+  void restart_empty() {
+    end_streams(StreamEnd::Lost, "");
+    mvcc_ = Mvcc();
+    accounts_ = Accounts();
+    published_ = mvcc_.revision();
+  }
+
+  /// Ends the streams of one endpoint, or of all.
+  void end_streams(StreamEnd end, const std::string& endpoint) {
+    for (WatchStream* stream : streams_) {
+      if (!endpoint.empty() && bare_endpoint(stream->request.endpoint) != endpoint) continue;
+      if (stream->end == StreamEnd::None) stream->end = end;
+      stream->wake.notify_all();
+    }
+  }
+
+  std::shared_ptr<Clock> clock() const { return clock_; }
+
+ private:
+  enum class Fate { Serve, Refuse, DropReply, NoLeader };
+  using UniqueLock = std::unique_lock<std::mutex>;
+
+  void settle() {
+    mvcc_.expire(clock_->now());
+    publish();
+  }
+
+  Fate next_fate(const HttpRequest& request) {
+    const auto take = [](int& count) { return count > 0 && count-- > 0; };
+    ++requests_;
+    const auto& partitioned = faults_.partitioned;
+    if (partitioned.count("") + partitioned.count(bare_endpoint(request.endpoint)) != 0) {
+      return Fate::Refuse;
+    }
+    const auto it = faults_.by_number.find(requests_);
+    if (it != faults_.by_number.end()) return it->second ? Fate::DropReply : Fate::Refuse;
+    if (take(faults_.fail_next)) return Fate::Refuse;
+    if (take(faults_.drop_replies)) return Fate::DropReply;
+    if (take(faults_.no_leader)) return Fate::NoLeader;
+    return Fate::Serve;
+  }
+
+  HttpResponse answer(const HttpRequest& request) {
+    using Handler = HttpResponse (Store::*)(const HttpRequest&);
+    static const std::map<std::string, Handler> routes{
+        {"/v3/kv/range", &Store::route<RangeRequest>},
+        {"/v3/kv/put", &Store::route<PutRequest>},
+        {"/v3/kv/deleterange", &Store::route<RemoveRequest>},
+        {"/v3/kv/txn", &Store::route<Txn>},
+        {"/v3/kv/compaction", &Store::route<CompactRequest>},
+        {"/v3/lease/grant", &Store::route<GrantRequest>},
+        {"/v3/lease/revoke", &Store::route<RevokeRequest>},
+        {"/v3/lease/timetolive", &Store::route<TimeToLiveRequest>},
+        {"/v3/lease/leases", &Store::route<LeasesRequest>},
+        {"/v3/lease/keepalive", &Store::keep_alive},
+        {"/v3/auth/authenticate", &Store::route<LoginRequest>},
+        {"/v3/maintenance/status", &Store::route<StatusRequest>}};
+    const auto it = routes.find(request.path);
+    if (it == routes.end()) return {404, error_body(refused::not_found)};
+    return (this->*it->second)(request);
+  }
+
+  template <class Request>
+  HttpResponse route(const HttpRequest& request) {
+    const auto respond = [](const Refusal& refusal) {
+      return HttpResponse{refusal.status, error_body(refusal)};
+    };
+    // etcd's limits are on its own encoding, which is about as long as the bytes in base64.
+    const std::size_t size = request.body.size() / 4 * 3;
+    if (size > 2u << 20) return respond(refused::far_too_large);
+    if (size > 3u << 19) return respond(refused::too_large);
+    const auto body = decode_body<Request>(request.body);
+    if (!body) return respond(refused::bad_json);
+    if (const MaybeRefusal refusal = refuse(request, *body)) return respond(*refusal);
+    const auto reply = handle(*body);
+    if (auto* refusal = std::get_if<Refusal>(&reply)) return respond(*refusal);
+    return {200, write_body(*std::get_if<0>(&reply))};
+  }
+
+  HttpResponse keep_alive(const HttpRequest& request) {
+    HttpResponse response{200, ""};
+    for (const auto& body : decode_stream<KeepAliveRequest>(request.body)) {
+      if (const MaybeRefusal refusal = refuse(request, body)) {
+        if (response.body.empty()) response.status = refusal->status;
+        response.body += error_line(*refusal);
+        break;
+      }
+      response.body += write_line(mvcc_.keep_alive(body.id, clock_->now()));
+    }
+    return response;
+  }
+
+  /// etcd's order: what is wrong in itself, then the token, then the permission.
+  template <class Request>
+  MaybeRefusal refuse(const HttpRequest& request, const Request& body) const {
+    if (const MaybeRefusal refusal = check(body)) return refusal;
+    if (std::is_same_v<Request, LoginRequest>) return std::nullopt;
+    const Answer<Caller> caller = identify(request);
+    if (auto* refusal = std::get_if<Refusal>(&caller)) return *refusal;
+    return std::get_if<Caller>(&caller)->may(body) ? std::nullopt : MaybeRefusal(refused::denied);
+  }
+
+  Answer<Caller> identify(const HttpRequest& request) const {
+    if (!accounts_.on) return Caller(mvcc_, nullptr);
+    const auto is_token = [](const auto& header) { return header.first == "Authorization"; };
+    const auto header = std::find_if(request.headers.begin(), request.headers.end(), is_token);
+    if (header == request.headers.end()) return refused::empty_user;
+    const auto token = accounts_.tokens.find(header->second);
+    if (token == accounts_.tokens.end()) return refused::bad_token;
+    return Caller(mvcc_, &accounts_.users.at(token->second));
+  }
+
+  Answer<RangeResponse> handle(const RangeRequest& request) { return mvcc_.range(request); }
+  Answer<PutResponse> handle(const PutRequest& request) { return mvcc_.put(request); }
+  Answer<RemoveResponse> handle(const RemoveRequest& request) { return mvcc_.remove(request); }
+  Answer<TxnResponse> handle(const Txn& request) { return mvcc_.commit(request); }
+  Answer<EmptyResponse> handle(const CompactRequest& request) {
+    return mvcc_.compact(request.revision);
+  }
+
+  Answer<LeaseResponse> handle(const GrantRequest& request) {
+    const auto before = mvcc_.next_expiry();
+    auto reply = mvcc_.grant(request, clock_->now());
+    if (mvcc_.next_expiry() < before) {  // the streams sleep until then
+      for (WatchStream* stream : streams_) stream->wake.notify_all();
+    }
+    return reply;
+  }
+
+  Answer<EmptyResponse> handle(const RevokeRequest& request) { return mvcc_.revoke(request.id); }
+  Answer<LeaseResponse> handle(const TimeToLiveRequest& request) {
+    return mvcc_.time_to_live(request, clock_->now());
+  }
+
+  Answer<LeasesResponse> handle(const LeasesRequest&) {
+    return LeasesResponse{mvcc_.revision(), mvcc_.leases()};
+  }
+
+  Answer<Status> handle(const StatusRequest&) {
+    Status status;
+    status.version = "3.5.30";
+    status.db_size = 20480;
+    status.leader = 1;
+    status.raft_term = 2;
+    status.revision = mvcc_.revision();
+    return status;
+  }
+
+  Answer<LoginResponse> handle(const LoginRequest& request) {
+    if (!accounts_.on) return refused::auth_is_off;
+    const auto user = accounts_.users.find(request.name);
+    if (user == accounts_.users.end() || user->second.password != request.password) {
+      return refused::wrong_password;
+    }
+    const std::string token = "memory." + std::to_string(++accounts_.issued);
+    accounts_.tokens[token] = request.name;
+    return LoginResponse{mvcc_.revision(), token};
+  }
+
+  Result<HttpResponse> serve_watch(const HttpRequest& request, const ChunkSink& sink,
+                                   const Context& ctx) {
+    WatchStream stream{request, sink, ctx};
+    const auto hook = ctx.on_cancel([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stream.wake.notify_all();
+    });
+    UniqueLock lock(mutex_);
+    settle();
+    switch (next_fate(request)) {
+      case Fate::Refuse: return refused_error(request);
+      case Fate::DropReply: return lost_error(request);
+      case Fate::NoLeader: return no_leader_response(request);
+      case Fate::Serve: break;
+    }
+    open(stream);
+    auto result = pump(stream, lock);
+    close(stream);
+    return result;
+  }
+
+  void open(WatchStream& stream) {
+    streams_.insert(&stream);
+    for (auto& order : decode_stream<WatchOrder>(stream.request.body)) {
+      if (order.create) create(stream, *std::move(order.create));
+      if (order.cancel) cancel(stream, *order.cancel);
+      if (order.progress && !stream.watchers.empty()) {
+        stream.lines.push_back({mvcc_.revision(), -1});
+      }
+    }
+  }
+
+  void create(WatchStream& stream, WatchCreate create) {
+    if (create.key.empty()) create.key = std::string(1, '\0');
+    StreamLine line;
+    line.revision = mvcc_.revision();
+    line.created = true;
+    if (auto reason = refuse_watch(stream, create)) {
+      line.watch_id = -1;
+      line.canceled = true;
+      line.reason = *std::move(reason);
+      return stream.lines.push_back(std::move(line));
+    }
+    while (create.id == 0 && stream.watchers.count(stream.next_id) != 0) ++stream.next_id;
+    if (create.id == 0) create.id = stream.next_id++;
+    line.watch_id = create.id;
+    stream.lines.push_back(line);
+    if (create.start_revision != 0 && create.start_revision < mvcc_.compacted()) {
+      line = {};  // the end has no revision
+      line.watch_id = create.id;
+      line.canceled = true;
+      line.compact_revision = mvcc_.compacted();
+      return stream.lines.push_back(std::move(line));
+    }
+    if (create.start_revision == 0) create.start_revision = mvcc_.revision() + 1;
+    const std::uint64_t number = ++next_watcher_;
+    stream.watchers[create.id] = number;
+    (create.range_end.empty() ? watchers_of_key_[create.key] : watchers_of_ranges_).insert(number);
+    const Watcher watcher{&stream, std::move(create)};
+    replay(watchers_.emplace(number, watcher).first->second);
+  }
+
+  /// Why a watch cannot be, in etcd's words.
+  std::optional<std::string> refuse_watch(const WatchStream& stream,
+                                          const WatchCreate& create) const {
+    const Answer<Caller> caller = identify(stream.request);
+    if (auto* refusal = std::get_if<Refusal>(&caller)) {
+      return watch_reason(*refusal);
+    }
+    if (!std::get_if<Caller>(&caller)->may(create.key, create.range_end)) {
+      return watch_reason(refused::denied);
+    }
+    const bool whole = create.range_end.empty() || create.range_end == std::string(1, '\0');
+    if (!whole && create.range_end <= create.key) return "mvcc: watcher range is empty";
+    if (create.start_revision < 0) return refused::compacted.message;
+    if (create.id != 0 && stream.watchers.count(create.id) != 0) {
+      return "mvcc: duplicate watch ID provided on the WatchStream";
+    }
+    return std::nullopt;
+  }
+
+  /// Sends what has happened since the start revision, in lines of at most 1000 revisions.
+  void replay(const Watcher& watcher) {
+    constexpr int max_revisions = 1000;
+    const WatchCreate& watch = watcher.request;
+    StreamLine line;
+    line.revision = mvcc_.revision();
+    line.watch_id = watch.id;
+    line.prev_kv = watch.prev_kv;
+    int revisions = 0;
+    std::int64_t last = 0;
+    mvcc_.changes_since(watch.start_revision, [&](const Change& change) {
+      if (!wants(watch, change)) return;
+      if (change.kv->mod_revision != last && ++revisions > max_revisions) {
+        watcher.stream->lines.push_back(line);
+        line.changes.clear();
+        revisions = 1;
+      }
+      last = change.kv->mod_revision;
+      line.changes.push_back(change);
+    });
+    if (!line.changes.empty()) watcher.stream->lines.push_back(std::move(line));
+  }
+
+  void cancel(WatchStream& stream, std::int64_t id) {
+    const auto it = stream.watchers.find(id);
+    if (it == stream.watchers.end()) return;
+    forget(it->second);
+    stream.watchers.erase(it);
+    StreamLine line;
+    line.revision = mvcc_.revision();
+    line.watch_id = id;
+    line.canceled = true;
+    stream.lines.push_back(std::move(line));
+  }
+
+  void forget(std::uint64_t number) {
+    const std::string& key = watchers_.at(number).request.key;
+    const auto of_key = watchers_of_key_.find(key);
+    if (of_key != watchers_of_key_.end() && of_key->second.erase(number) != 0 &&
+        of_key->second.empty()) {
+      watchers_of_key_.erase(of_key);
+    }
+    watchers_of_ranges_.erase(number);
+    watchers_.erase(number);
+  }
+
+  void close(WatchStream& stream) {
+    for (const auto& watcher : stream.watchers) forget(watcher.second);
+    streams_.erase(&stream);
+  }
+
+  /// Sends lines until the stream ends.
+  Result<HttpResponse> pump(WatchStream& stream, UniqueLock& lock) {
+    const HttpRequest& request = stream.request;
+    const auto idle_limit = [&request] {
+      const bool limited = request.idle_timeout.count() > 0;
+      return limited ? steady_clock::now() + request.idle_timeout : SteadyTime::max();
+    };
+    SteadyTime idle_until = idle_limit();
+    while (stream.end == StreamEnd::None) {
+      if (stream.ctx.done()) return ended_error(stream.ctx, request, Outcome::MaybeApplied);
+      if (stream.lines.empty()) {
+        if (steady_clock::now() >= idle_until) return lost_error(request);
+        stream.wake.wait_until(lock, wake_time(stream, idle_until));
+        settle();
+        continue;
+      }
+      std::string text;
+      for (const auto& line : std::exchange(stream.lines, {})) text += write_line(line);
+      const milliseconds delay = faults_.delay;
+      lock.unlock();
+      auto error = linger(delay, request, stream.ctx);
+      const bool go_on = error || !stream.sink || stream.sink(text);
+      lock.lock();
+      if (error) return *std::move(error);
+      if (!go_on) return HttpResponse{200, ""};
+      idle_until = idle_limit();
+    }
+    return finish(stream, lock);
+  }
+
+  /// When to look again though nothing has come: a lease runs out, or the caller waits no longer.
+  SteadyTime wake_time(const WatchStream& stream, SteadyTime limit) const {
+    const SteadyTime now = steady_clock::now();
+    limit = std::min({limit, stream.ctx.deadline().value_or(limit), now + std::chrono::hours(1)});
+    const auto expiry = mvcc_.next_expiry();
+    return expiry == Mvcc::TimePoint::max() ? limit
+                                            : std::min(limit, now + (expiry - clock_->now()));
+  }
+
+  /// The last words of a stream that was ended from outside.
+  Result<HttpResponse> finish(WatchStream& stream, UniqueLock& lock) {
+    if (stream.end == StreamEnd::Clean) return HttpResponse{200, ""};
+    if (stream.end == StreamEnd::MidLine && stream.sink) {
+      if (stream.lines.empty()) stream.lines.push_back({mvcc_.revision(), -1});
+      const std::string line = write_line(stream.lines.front());
+      lock.unlock();
+      stream.sink(std::string_view(line).substr(0, line.size() / 2));
+      lock.lock();
+    }
+    return lost_error(stream.request);
+  }
+
+  const std::shared_ptr<Clock> clock_;
+  std::shared_ptr<ManualClock> manual_clock_;  // the same as clock_, or null
+  std::mutex mutex_;  // guards all below; never held while a sink or a Context is called
+  Mvcc mvcc_;
+  Accounts accounts_;
+  Faults faults_;
+  std::int64_t requests_{0};
+  std::int64_t published_{1};  // the revision that watchers have been told of
+  std::set<WatchStream*> streams_;
+  std::map<std::uint64_t, Watcher> watchers_;  // by number, in the order of creation
+  std::map<std::string, std::set<std::uint64_t>> watchers_of_key_;
+  std::set<std::uint64_t> watchers_of_ranges_;
+  std::uint64_t next_watcher_{0};
+};
+
+}  // namespace detail::memory
+
+class detail::MemoryStore : public memory::Store {
+ public:
+  using Store::Store;
+};
+
+COORDINATION_API MemoryEtcd::MemoryEtcd() : MemoryEtcd(std::make_shared<detail::SteadyClock>()) {}
+
+COORDINATION_API MemoryEtcd::MemoryEtcd(std::shared_ptr<Clock> clock)
+    : store_(std::make_shared<detail::MemoryStore>(clock)) {
+  clock->on_jump([weak = std::weak_ptr<detail::MemoryStore>(store_)] {
+    const auto store = weak.lock();
+    if (store) store->with([](auto&) {});
+    return store != nullptr;
+  });
+}
+
+COORDINATION_API std::shared_ptr<MemoryEtcd> MemoryEtcd::manual_clock() {
+  const auto clock = std::make_shared<ManualClock>();
+  auto etcd = std::make_shared<MemoryEtcd>(clock);
+  etcd->store_->with([&](auto& store) { store.manual_clock() = clock; });
+  return etcd;
+}
+
+COORDINATION_API std::shared_ptr<Clock> MemoryEtcd::clock() const { return store_->clock(); }
+
+COORDINATION_API void MemoryEtcd::advance(milliseconds by) {
+  const auto clock = store_->with([](auto& store) { return store.manual_clock(); });
+  if (clock) clock->advance(by);
+}
+
+COORDINATION_API void MemoryEtcd::fail_next(int n) {
+  store_->with([&](auto& store) { store.faults().fail_next = n; });
+}
+
+COORDINATION_API void MemoryEtcd::drop_replies(int n) {
+  store_->with([&](auto& store) { store.faults().drop_replies = n; });
+}
+
+COORDINATION_API void MemoryEtcd::fail_request(std::int64_t number, bool applied) {
+  store_->with([&](auto& store) { store.faults().by_number[number] = applied; });
+}
+
+COORDINATION_API void MemoryEtcd::no_leader(int n) {
+  store_->with([&](auto& store) { store.faults().no_leader = n; });
+}
+
+COORDINATION_API void MemoryEtcd::delay(milliseconds by) {
+  store_->with([&](auto& store) { store.faults().delay = by; });
+}
+
+COORDINATION_API void MemoryEtcd::cut_streams(bool mid_line) {
+  const auto end = mid_line ? detail::memory::StreamEnd::MidLine : detail::memory::StreamEnd::Clean;
+  store_->with([&](auto& store) { store.end_streams(end, ""); });
+}
+
+COORDINATION_API void MemoryEtcd::partition(const std::string& endpoint) {
+  const std::string bare = detail::memory::bare_endpoint(endpoint);
+  store_->with([&](auto& store) {
+    store.faults().partitioned.insert(bare);
+    store.end_streams(detail::memory::StreamEnd::Lost, bare);
+  });
+}
+
+COORDINATION_API void MemoryEtcd::heal() {
+  store_->with([](auto& store) { store.faults().partitioned.clear(); });
+}
+
+COORDINATION_API bool MemoryEtcd::expire_lease(std::int64_t id) {
+  return store_->with([&](auto& store) {
+    const bool found = store.mvcc().revoke(id).index() == 0;
+    store.publish();
+    return found;
+  });
+}
+
+COORDINATION_API void MemoryEtcd::invalidate_tokens() {
+  store_->with([](auto& store) { store.accounts().tokens.clear(); });
+}
+
+COORDINATION_API void MemoryEtcd::compact() {
+  store_->with(
+      [](auto& store) { static_cast<void>(store.mvcc().compact(store.mvcc().revision())); });
+}
+
+COORDINATION_API void MemoryEtcd::restart_empty() {
+  store_->with([](auto& store) { store.restart_empty(); });
+}
+
+COORDINATION_API void MemoryEtcd::enable_auth(const std::string& root_password) {
+  add_user("root", root_password, "");
+  store_->with(
+      [&](auto& store) { store.accounts().on = store.accounts().users["root"].root = true; });
+}
+
+COORDINATION_API void MemoryEtcd::add_user(const std::string& name, const std::string& password,
+                                           const std::string& prefix) {
+  store_->with([&](auto& store) { store.accounts().users[name] = {password, prefix}; });
+}
+
+COORDINATION_API std::int64_t MemoryEtcd::requests() const {
+  return store_->with([](auto& store) { return store.requests(); });
+}
+
+COORDINATION_API std::int64_t MemoryEtcd::revision() const {
+  return store_->with([](auto& store) { return store.mvcc().revision(); });
+}
+
+COORDINATION_API std::vector<std::int64_t> MemoryEtcd::leases() const {
+  return store_->with([](auto& store) { return store.mvcc().leases(); });
+}
+
+COORDINATION_API std::vector<std::string> MemoryEtcd::keys() const {
+  return store_->with([](auto& store) { return store.mvcc().keys(); });
+}
+
+COORDINATION_API Result<HttpResponse> MemoryEtcd::serve(const HttpRequest& request,
+                                                        const ChunkSink& sink, const Context& ctx) {
+  const auto store = store_;  // it outlives this object, should that be destroyed meanwhile
+  return store->serve(request, sink, ctx);
+}
+
+COORDINATION_API void MemoryEtcd::shut_down() { partition(); }
 
 }  // namespace v0
 }  // namespace coordination
