@@ -109,7 +109,7 @@ struct Error {
   std::string message{};                 // what could not be done
   std::string cause{};                   // why, in the words of etcd or of the system; may be empty
   Outcome outcome{Outcome::NotApplied};  // of a write
-  std::int64_t revision{0};              // of Compacted: the oldest revision still there
+  std::int64_t revision{0};              // of Compacted: from here on the history is complete
 };
 
 /// "[CODE] message: cause".
@@ -1214,7 +1214,7 @@ class MemoryStore;
 ///   options.transport = std::make_shared<MemoryEtcd>();
 ///
 /// It speaks the JSON gateway of etcd 3.5. Several Coordinators may share one, as several
-/// processes share one etcd; each is known by its endpoints' names, which can be anything.
+/// processes share one etcd; each is known by its endpoints: "a:1" and "b:1" do.
 class MemoryEtcd : public Transport {
  public:
   MemoryEtcd();
@@ -1235,16 +1235,17 @@ class MemoryEtcd : public Transport {
   void advance(milliseconds by);
 
   // Faults. Requests are numbered from 1 in the order in which they came (streams count when they
-  // open); `endpoint` "" means every one.
+  // open). An empty `path` means requests of every kind ("/v3/kv/put" only those), an empty
+  // `endpoint` those of every Coordinator.
 
   /// The next `n` requests fail before they are applied: the connection is refused.
-  void fail_next(int n);
+  void fail_next(int n, const std::string& path = "");
   /// The next `n` requests are applied, and their answers are lost.
-  void drop_replies(int n);
+  void drop_replies(int n, const std::string& path = "");
   /// The request with this number fails (`applied` false) or loses its answer (true).
   void fail_request(std::int64_t number, bool applied);
   /// The next `n` requests are answered with "etcdserver: no leader".
-  void no_leader(int n);
+  void no_leader(int n, const std::string& path = "");
   /// Every answer comes so much later (real time).
   void delay(milliseconds by);
   /// Ends all streams now; `mid_line`: after half a line.
@@ -3158,7 +3159,7 @@ class HttplibTransport : public Transport {
     {
       NoSigpipe guard;
       auto hook = ctx.on_cancel([&] { connection->tap.cut(); });
-      error = send(*connection->client, build(request, sink, state));
+      error = send(*connection->client, build(request, sink, ctx, state));
       hook.reset();
       bool reusable = error == httplib::Error::Success && !close && !ctx.cancelled();
       if (reusable) {
@@ -3184,7 +3185,7 @@ class HttplibTransport : public Transport {
   /// Status and body are taken by handlers: httplib 0.11 reports etcd 3.4's errors, which end in
   /// a trailer, as read errors and drops what it has read.
   static httplib::Request build(const HttpRequest& request, const ChunkSink& sink,
-                                Exchange& state) {
+                                const Context& ctx, Exchange& state) {
     httplib::Request http;
     http.method = "POST";
     http.path = request.path;
@@ -3197,8 +3198,9 @@ class HttplibTransport : public Transport {
       state.response.status = response.status;
       return true;
     };
-    http.content_receiver = [&state, &sink](const char* data, std::size_t size, std::uint64_t,
-                                            std::uint64_t) {
+    http.content_receiver = [&](const char* data, std::size_t size, std::uint64_t,
+                                std::uint64_t) {
+      if (ctx.done()) return false;  // httplib's own limits are for each piece
       bool streamed = sink && state.response.status / 100 == 2;
       if (!streamed) return state.response.body.append(data, size), true;
       state.stopped = !sink(std::string_view(data, size));
@@ -3209,9 +3211,10 @@ class HttplibTransport : public Transport {
 
   static Result<HttpResponse> judge(const HttpRequest& request, Exchange& state,
                                     httplib::Error error, const Context& ctx) {
-    bool answered = error == httplib::Error::Success || state.stopped ||
-                    (state.response.status >= 400 && !state.response.body.empty());
-    if (answered && !ctx.cancelled()) return std::move(state.response);
+    bool whole = error == httplib::Error::Success || state.stopped;
+    if (whole && !ctx.cancelled()) return std::move(state.response);
+    bool refused = state.response.status >= 400 && !state.response.body.empty();
+    if (refused && !ctx.done()) return std::move(state.response);
     bool sent = !never_sent(error);
     auto outcome = sent ? Outcome::MaybeApplied : Outcome::NotApplied;
     auto what = "the request to " + request.endpoint + " failed";
@@ -3333,6 +3336,8 @@ COORDINATION_API std::string normal_endpoint(std::string endpoint, bool tls) {
   auto colon = endpoint.rfind(':');
   if (colon == std::string::npos || colon == 0) return {};
   auto host = endpoint.substr(0, colon), port = endpoint.substr(colon + 1);
+  auto is_odd = [](unsigned char c) { return c <= ' ' || c == 0x7f; };
+  if (std::any_of(host.begin(), host.end(), is_odd)) return {};
   bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
   auto bad = bracketed ? std::string("/ @") : std::string("/ @:[]");
   if (host.find_first_of(bad) != std::string::npos) return {};
@@ -4709,6 +4714,7 @@ COORDINATION_API Result<milliseconds> Lease::remaining(Context ctx) {
 }
 
 COORDINATION_API Result<void> Lease::keep_alive_once(Context ctx) {
+  if (state_->client->closing) return detail::closed_error();
   if (!state_->held()) return detail::lease_lost("it has ended");
   return state_->client->leases->renew_now(state_, ctx);
 }
@@ -4763,6 +4769,7 @@ struct HubWatch {
   // The hub's mutex guards these:
   State state{State::Waiting};
   int streams{0};                     // that carry it
+  bool overlap{false};                // see create_body
   bool confirmed{false};              // etcd has answered its creation, once at least
   bool logged_in_again{false};
 };
@@ -4860,6 +4867,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   std::deque<SteadyTime> opened_;  // when the last kBurst streams were
   SteadyTime last_heard_{};
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
+  int denied_{0};  // streams that were refused, one after the other
   bool supervised_{false}, closed_{false};
 };
 
@@ -4901,7 +4909,8 @@ COORDINATION_API void WatchHub::settle(std::int64_t id, const Context& ctx) {
     auto it = watches_.find(id);
     return it == watches_.end() || it->second->confirmed || ctx.done();
   };
-  if (next_opening() > steady_clock::now()) return;
+  auto opens = next_opening();
+  if (opens > steady_clock::now()) return;
   confirmed_.wait_for(lock, milliseconds(50), stands);
 }
 
@@ -5000,7 +5009,8 @@ COORDINATION_API void WatchHub::open_next() {
 }
 
 /// The streams that the next one swallows: every one that is less than `factor` times as large as
-/// what it would join. The factor is 2 until N watches would need more streams than are allowed.
+/// what it would join. The factor is 2 until so many batches would need more streams than are
+/// allowed.
 COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
   std::vector<HubStreamPtr> candidates, victims;
   for (auto& stream : streams_) {
@@ -5016,8 +5026,9 @@ COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
     return a->watches.size() < b->watches.size();
   });
   auto steady = static_cast<double>(kMaxStreams - 1);
-  double factor = std::max(2.0, std::pow(static_cast<double>(watches_.size()), 1 / steady));
   auto size = static_cast<double>(waiting_.size());
+  auto batches = static_cast<double>(watches_.size()) / size;
+  double factor = std::max(2.0, std::pow(batches, 1 / steady));
   for (auto& stream : candidates) {
     bool must = streams_.size() - victims.size() + 1 > kMaxStreams - 1;
     auto theirs = static_cast<double>(stream->watches.size());
@@ -5033,6 +5044,7 @@ COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> vi
   auto join = [&](const HubWatchPtr& watch) {
     if (!stream->watches.emplace(watch->id, watch).second) return;
     stream->unconfirmed.push_back(watch);
+    watch->overlap = watch->confirmed && watch->streams == 0;
     ++watch->streams;
     watch->state = State::Open;
   };
@@ -5049,11 +5061,15 @@ COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> vi
   return stream;
 }
 
+/// etcd before 3.5.18 discards a delete at the very revision of a compaction, and lets a watch
+/// begin there all the same. Who comes back asks for one revision more than it needs, to be told.
 COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::string body;
   for (auto& watch : stream->unconfirmed) {
-    body += wire::watch_body(watch->request, watch->id, watch->next_revision) + "\n";
+    auto start = watch->next_revision.load();
+    if (watch->overlap && watch->anchored && start > 1) --start;
+    body += wire::watch_body(watch->request, watch->id, start) + "\n";
   }
   return body;
 }
@@ -5158,6 +5174,7 @@ COORDINATION_API void WatchHub::on_confirmed(const HubStreamPtr& stream) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (stream->over) return;
     stream->open = true;
+    denied_ = 0;
     backoff_.reset();
     reset = stream->reset;
     waits = !waiting_.empty();
@@ -5280,9 +5297,14 @@ COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& 
   auto client = client_.lock();
   if (!client) return;
   auto when = steady_clock::now();
+  std::vector<HubWatchPtr> denied;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
+    denied_ = error.code == ErrorCode::PermissionDenied ? denied_ + 1 : 0;
+    if (denied_ > 1) {  // not a dead token, which the next stream would have replaced
+      for (auto& entry : stream->watches) denied.push_back(entry.second);
+    }
     if (!stream->over) {
       when += backoff_.next();
       detach(stream);
@@ -5297,6 +5319,7 @@ COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& 
                     {"cause", to_string(error)}});
     client->leases->hurry();  // if it was etcd that went away, the leases may have gone, too
   }
+  for (auto& watch : denied) end_watch(watch, [&](HubSink& sink) { sink.failed(error); });
   schedule(when);
 }
 
@@ -5407,7 +5430,7 @@ COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
   if (!now) return stream->ctx.cancel();  // it will be looked at again on the next stream
   for (auto& [watch, waits_for] : watches) {
     if (waits_for <= now->revision + 1) continue;
-    end_watch(watch, [&, rev = now->revision](HubSink& sink) { sink.history_lost(rev + 1); });
+    end_watch(watch, [&, rev = now->revision](HubSink& sink) { sink.history_lost(rev); });
   }
 }
 
@@ -5637,9 +5660,9 @@ COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
 COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
   if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
   auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
-                          "etcd has discarded the history before revision " +
+                          "etcd has discarded the history up to revision " +
                               std::to_string(revision));
-  error.revision = revision;
+  error.revision = revision + 1;
   failed(error);
 }
 
@@ -8542,9 +8565,10 @@ struct Watcher {
 
 /// What shall go wrong; see MemoryEtcd.
 struct Faults {
-  int fail_next{0};
-  int drop_replies{0};
-  int no_leader{0};
+  using Counts = std::map<std::string, int>;  // by path; "" = any
+  Counts fail_next;
+  Counts drop_replies;
+  Counts no_leader;
   std::map<std::int64_t, bool> by_number;  // true: applied
   milliseconds delay{0};
   std::set<std::string> partitioned;  // endpoints; "" = all
@@ -8699,7 +8723,13 @@ class Store {
   }
 
   Fate next_fate(const HttpRequest& request) {
-    const auto take = [](int& count) { return count > 0 && count-- > 0; };
+    const auto take = [&](Faults::Counts& counts) {
+      for (const auto& path : {request.path, std::string()}) {
+        auto it = counts.find(path);
+        if (it != counts.end() && it->second > 0) return it->second-- > 0;
+      }
+      return false;
+    };
     ++requests_;
     const auto& partitioned = faults_.partitioned;
     if (partitioned.count("") + partitioned.count(bare_endpoint(request.endpoint)) != 0) {
@@ -9061,20 +9091,20 @@ COORDINATION_API void MemoryEtcd::advance(milliseconds by) {
   if (clock) clock->advance(by);
 }
 
-COORDINATION_API void MemoryEtcd::fail_next(int n) {
-  store_->with([&](auto& store) { store.faults().fail_next = n; });
+COORDINATION_API void MemoryEtcd::fail_next(int n, const std::string& path) {
+  store_->with([&](auto& store) { store.faults().fail_next[path] = n; });
 }
 
-COORDINATION_API void MemoryEtcd::drop_replies(int n) {
-  store_->with([&](auto& store) { store.faults().drop_replies = n; });
+COORDINATION_API void MemoryEtcd::drop_replies(int n, const std::string& path) {
+  store_->with([&](auto& store) { store.faults().drop_replies[path] = n; });
 }
 
 COORDINATION_API void MemoryEtcd::fail_request(std::int64_t number, bool applied) {
   store_->with([&](auto& store) { store.faults().by_number[number] = applied; });
 }
 
-COORDINATION_API void MemoryEtcd::no_leader(int n) {
-  store_->with([&](auto& store) { store.faults().no_leader = n; });
+COORDINATION_API void MemoryEtcd::no_leader(int n, const std::string& path) {
+  store_->with([&](auto& store) { store.faults().no_leader[path] = n; });
 }
 
 COORDINATION_API void MemoryEtcd::delay(milliseconds by) {

@@ -1,0 +1,3 @@
+// The one .cpp of the compiled mode.
+#define COORDINATION_IMPLEMENTATION
+#include "coordination.hpp"

@@ -1,0 +1,6 @@
+// Includes it twice.
+#include "coordination.hpp"
+#include "coordination.hpp"
+
+std::string from_b();
+std::string from_b() { return coordination::to_string(coordination::ErrorCode::Timeout); }

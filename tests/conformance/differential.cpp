@@ -1,0 +1,372 @@
+// The same random requests to MemoryEtcd and to a real etcd: every answer and every event must be
+// the same, with revisions counted from where the sequence began.
+//
+// COORDINATION_SEED=n repeats one sequence, COORDINATION_OPERATIONS=n makes each longer or shorter.
+#include <algorithm>
+#include <cstdio>
+#include <deque>
+#include <random>
+
+#include "subject.hpp"
+
+using namespace conformance;
+
+namespace {
+
+constexpr int kSeeds = 25;
+constexpr int kOperations = 400;  // of each seed
+
+std::uint64_t setting(const char* name, std::uint64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value && *value ? std::strtoull(value, nullptr, 10) : otherwise;
+}
+
+bool is_revision(const std::string& field) {
+  return field.size() >= 8 && field.compare(field.size() - 8, 8, "revision") == 0;
+}
+
+/// Adds `offset` to every revision in a request or an answer; 0 and less have a meaning of their
+/// own.
+void shift_revisions(Json& json, std::int64_t offset) {
+  if (!json.is_structured()) return;
+  for (auto it = json.begin(); it != json.end(); ++it) {
+    if (json.is_object() && is_revision(it.key()) && it->is_string()) {
+      const std::int64_t revision = std::stoll(it->get<std::string>());
+      if (revision > 0) *it = std::to_string(revision + offset);
+    } else {
+      shift_revisions(*it, offset);
+    }
+  }
+}
+
+/// What must be the same: no ids of the cluster, no seconds that have passed, no order that etcd
+/// leaves open.
+Json comparable(Json answer, std::int64_t offset) {
+  shift_revisions(answer, -offset);
+  if (answer.contains("header")) {
+    const Json revision = answer["header"].value("revision", Json());
+    answer["header"] = {{"revision", revision}};
+  }
+  if (answer.contains("grantedTTL")) answer.erase("TTL");
+  if (answer.contains("keys")) std::sort(answer["keys"].begin(), answer["keys"].end());
+  return answer;
+}
+
+/// Draws requests. Revisions in them count from the beginning of the sequence.
+class Generator {
+ public:
+  Generator(std::uint64_t seed, std::string prefix, std::int64_t first_lease)
+      : random_(seed), prefix_(std::move(prefix)), first_lease_(first_lease) {}
+
+  std::uint64_t below(std::uint64_t limit) { return random_() % limit; }
+  bool chance(int percent) { return below(100) < static_cast<std::uint64_t>(percent); }
+
+  static constexpr int kKeys = 8;
+  std::string key(int index) const { return prefix_ + static_cast<char>('a' + index); }
+  std::string key() { return key(static_cast<int>(below(kKeys))); }
+  std::string value() {
+    std::string bytes;
+    for (auto n = below(4); n > 0; --n) bytes += static_cast<char>(below(3) * 127);
+    return bytes;
+  }
+  /// Of five, one of which is never granted.
+  std::string lease() { return std::to_string(first_lease_ + static_cast<std::int64_t>(below(5))); }
+  std::string never_granted() const { return std::to_string(first_lease_ + 4); }
+  /// Around those that there are.
+  std::string revision(std::int64_t now) {
+    return std::to_string(now + 1 - static_cast<std::int64_t>(below(14)));
+  }
+
+  Json put(std::int64_t) {
+    Json put = {{"key", b64(key())}};
+    if (!chance(10)) put["value"] = b64(value());
+    if (chance(25)) put["lease"] = lease();
+    if (chance(30)) put["prev_kv"] = true;
+    if (chance(8)) put["ignore_value"] = true;
+    if (chance(8)) put["ignore_lease"] = true;
+    return put;
+  }
+  void add_range(Json& json) {
+    json["key"] = b64(key());
+    if (chance(30)) json["range_end"] = b64(key());
+    if (!chance(40)) return;
+    json["key"] = b64(prefix_);
+    json["range_end"] = b64(coordination::prefix_range_end(prefix_));
+  }
+  Json range(std::int64_t now) {
+    Json range;
+    add_range(range);
+    if (chance(20)) range["revision"] = revision(now);
+    if (chance(25)) range["limit"] = std::to_string(below(6));
+    if (chance(40)) range["sort_target"] = std::vector<const char*>{
+        "KEY", "VERSION", "CREATE", "MOD", "VALUE"}[below(5)];
+    if (chance(40)) range["sort_order"] = std::vector<const char*>{"NONE", "ASCEND",
+                                                                   "DESCEND"}[below(3)];
+    for (const char* flag : {"keys_only", "count_only", "serializable"}) {
+      if (chance(10)) range[flag] = true;
+    }
+    for (const char* filter : {"min_mod_revision", "max_mod_revision", "min_create_revision",
+                               "max_create_revision"}) {
+      if (chance(8)) range[filter] = revision(now);
+    }
+    return range;
+  }
+  Json remove(std::int64_t) {
+    Json remove;
+    add_range(remove);
+    if (chance(40)) remove["prev_kv"] = true;
+    return remove;
+  }
+  Json compare(std::int64_t now) {
+    Json compare;
+    add_range(compare);
+    if (chance(70)) compare.erase("range_end");
+    compare["result"] =
+        std::vector<const char*>{"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}[below(4)];
+    switch (below(5)) {
+      case 0: compare["target"] = "VERSION", compare["version"] = std::to_string(below(4)); break;
+      case 1:
+        compare["target"] = "CREATE";
+        compare["create_revision"] = chance(50) ? "0" : revision(now);
+        break;
+      case 2: compare["target"] = "MOD", compare["mod_revision"] = revision(now); break;
+      case 3: compare["target"] = "VALUE", compare["value"] = b64(value()); break;
+      default: compare["target"] = "LEASE", compare["lease"] = chance(50) ? "0" : lease(); break;
+    }
+    return compare;
+  }
+  Json op(std::int64_t now, int depth) {
+    const auto kind = below(depth > 0 ? 20 : 18);
+    if (kind < 7) return {{"request_put", put(now)}};
+    if (kind < 13) return {{"request_range", range(now)}};
+    if (kind < 17) return {{"request_delete_range", remove(now)}};
+    if (kind == 17) return chance(10) ? Json::object() : Json{{"request_put", put(now)}};
+    return {{"request_txn", txn(now, depth - 1)}};
+  }
+  Json txn(std::int64_t now, int depth = 2) {
+    Json txn = Json::object();
+    for (auto n = below(3); n > 0; --n) txn["compare"].push_back(compare(now));
+    for (const char* branch : {"success", "failure"}) {
+      for (auto n = below(4); n > 0; --n) txn[branch].push_back(op(now, depth));
+    }
+    return txn;
+  }
+  Json watch(std::int64_t start) {
+    Json watch;
+    add_range(watch);
+    watch["start_revision"] = std::to_string(start);
+    if (chance(40)) watch["prev_kv"] = true;
+    if (chance(15)) watch["filters"] = {"NOPUT"};
+    if (chance(15)) watch["filters"] = {"NODELETE"};
+    return watch;
+  }
+
+ private:
+  std::mt19937_64 random_;
+  std::string prefix_;
+  std::int64_t first_lease_;
+};
+
+/// One sequence of requests to a MemoryEtcd and a real etcd.
+class Comparison {
+ public:
+  Comparison(Subject& real, std::uint64_t seed)
+      : subject_(real),
+        memory_(std::make_shared<coordination::MemoryEtcd>(), "http://memory"),
+        real_(real.gateway()),
+        prefix_("d" + std::to_string(seed) + real.prefix()),
+        lease_(1000000 + 10 * static_cast<std::int64_t>(seed) + 100000000 * real.version()),
+        generate_(seed, prefix_, lease_) {}
+
+  /// Empty if all was the same, else what was not.
+  std::string run(int operations) {
+    begin();
+    for (int i = 0; i < operations && difference_.empty(); ++i) step();
+    if (difference_.empty()) end();
+    return difference_;
+  }
+
+ private:
+  struct WatchPair {
+    std::string text;
+    std::unique_ptr<WatchCall> memory, real;
+  };
+
+  std::int64_t now() const { return memory_.revision(); }
+
+  void begin() {
+    const auto mine = memory_.put(prefix_ + "begin", ""), theirs = real_.put(prefix_ + "begin", "");
+    offset_ = theirs.revision() - mine.revision();
+    compacted_ = mine.revision();
+    same("/v3/kv/compaction", {{"revision", std::to_string(compacted_)}});
+  }
+
+  void step() {
+    const auto kind = generate_.below(100);
+    if (kind < 28) return same("/v3/kv/put", generate_.put(now()));
+    if (kind < 45) return same("/v3/kv/range", generate_.range(now()));
+    if (kind < 55) return same("/v3/kv/deleterange", generate_.remove(now()));
+    if (kind < 80) return same("/v3/kv/txn", generate_.txn(now()));
+    if (kind < 92) return lease_step(kind);
+    if (kind < 95) return compact();
+    watch();
+  }
+
+  void lease_step(std::uint64_t kind) {
+    const std::string id = generate_.lease();
+    if (kind < 85 && id != generate_.never_granted()) {
+      return same("/v3/lease/grant", {{"ID", id}, {"TTL", std::to_string(5000)}});
+    }
+    if (kind < 88) return same("/v3/lease/revoke", {{"ID", id}});
+    if (kind < 90) return same("/v3/lease/timetolive", {{"ID", id}, {"keys", true}});
+    same_lines({{"ID", id}}, {{"ID", generate_.never_granted()}});
+  }
+
+  // What a watch is told of the values before depends on whether compaction came first.
+  void compact() {
+    catch_up();
+    const auto target = compacted_ - 1 + static_cast<std::int64_t>(generate_.below(
+                                             static_cast<std::uint64_t>(now() - compacted_) + 4));
+    same("/v3/kv/compaction", {{"revision", std::to_string(target)}});
+    if (target > compacted_ && target <= now()) compacted_ = target;
+  }
+
+  // A second watch on a key that has just been written shows when the first has caught up: etcd
+  // takes them together.
+  void watch() {
+    same("/v3/kv/put", {{"key", b64(prefix_ + "sync")}});
+    const auto present = now();
+    const bool from_now = generate_.chance(30);
+    auto start = from_now ? 0 : std::max<std::int64_t>(1, std::stoll(generate_.revision(present)));
+    if (start == compacted_ && subject_.has(Quirk::CompactionEatsDelete)) ++start;
+    Json create = generate_.watch(start);
+    create["watch_id"] = "1";
+    Json sync = {{"key", b64(prefix_ + "sync")},
+                 {"watch_id", "2"},
+                 {"start_revision", std::to_string(present)}};
+    WatchPair pair;
+    pair.text = create.dump();
+    pair.memory = std::make_unique<WatchCall>(
+        memory_, Jsons{{{"create_request", create}}, {{"create_request", sync}}});
+    shift_revisions(create, offset_);
+    shift_revisions(sync, offset_);
+    pair.real = std::make_unique<WatchCall>(
+        real_, Jsons{{{"create_request", create}}, {{"create_request", sync}}});
+    for (const auto* call : {&pair.memory, &pair.real}) {
+      if ((*call)->events(2, 1).empty()) difference_ = "no answer to a watch: " + pair.text;
+    }
+    watches_.push_back(std::move(pair));
+    ++requests_;
+  }
+
+  /// Waits until the real etcd has sent all events that MemoryEtcd has.
+  void catch_up() {
+    for (const WatchPair& pair : watches_) {
+      // MemoryEtcd has queued them before it answered the write; its thread has to send them, too.
+      const auto have = [&] { return pair.memory->events(1, 0).size(); };
+      const auto sentinel = pair.memory->events(2, 0).size();
+      static_cast<void>(sentinel);
+      pair.real->events(1, have());
+    }
+  }
+
+  /// Writes every key so that each watch has something to end with, and compares what they got.
+  void end() {
+    for (int i = 0; i < Generator::kKeys; ++i) {
+      same("/v3/kv/put", {{"key", b64(generate_.key(i))}, {"value", b64("last")}});
+    }
+    same("/v3/kv/deleterange", {{"key", b64(prefix_)},
+                                {"range_end", b64(coordination::prefix_range_end(prefix_))}});
+    for (const WatchPair& pair : watches_) compare_watch(pair);
+    for (int i = 0; i < 5; ++i) same("/v3/lease/revoke", {{"ID", std::to_string(lease_ + i)}});
+  }
+
+  void compare_watch(const WatchPair& pair) {
+    // Without filters for one key at least, the last event of both is that of the last delete or
+    // put; a compacted watch has none, but an end.
+    const auto over = [&](const WatchCall& call, std::int64_t offset) {
+      Json summary = Json::array();
+      call.lines().wait([&](const auto&) { return true; }, 0ms);
+      for (const Json& result : call.results()) {
+        if (number(result, "watch_id") != 1 && number(result, "watch_id") != -1) continue;
+        for (const char* field : {"created", "canceled", "compact_revision", "cancel_reason"}) {
+          if (result.contains(field)) summary.push_back({{field, result[field]}});
+        }
+        for (const Json& event : result.value("events", Json::array())) summary.push_back(event);
+      }
+      shift_revisions(summary, -offset);
+      return summary;
+    };
+    Json mine, theirs;
+    const bool same = support::wait_until(
+        [&] {
+          mine = over(*pair.memory, 0);
+          theirs = over(*pair.real, offset_);
+          return mine == theirs;
+        },
+        support::lenient(5s));
+    if (!same && difference_.empty()) {
+      difference_ = "watch " + pair.text + "\nMemoryEtcd: " + mine.dump() +
+                    "\nreal etcd:  " + theirs.dump();
+    }
+  }
+
+  void same(const char* path, const Json& request) {
+    ++requests_;
+    Json shifted = request;
+    shift_revisions(shifted, offset_);
+    const Reply mine = memory_.call(path, request), theirs = real_.call(path, shifted);
+    const bool same_status =
+        mine.status == theirs.status ||
+        (theirs.status == 412 && mine.code() == 9 && subject_.has(Quirk::PreconditionIs412));
+    bool same = same_status && mine.code() == theirs.code() && mine.message() == theirs.message();
+    if (same && mine.status == 200) {
+      same = comparable(mine.json, 0) == comparable(theirs.json, offset_);
+    }
+    if (same || !difference_.empty()) return;
+    difference_ = "request " + std::to_string(requests_) + ": " + path + " " + request.dump() +
+                  "\nMemoryEtcd: " + mine.body + "\nreal etcd (" + std::to_string(offset_) +
+                  " further): " + theirs.body;
+  }
+
+  void same_lines(const Json& one, const Json& two) {
+    ++requests_;
+    const std::string body = one.dump() + two.dump() + one.dump();
+    const auto mine = memory_.stream("/v3/lease/keepalive", body);
+    const auto theirs = real_.stream("/v3/lease/keepalive", body);
+    bool same = mine.size() == theirs.size();
+    for (std::size_t i = 0; same && i < mine.size(); ++i) {
+      same = comparable(mine[i]["result"], 0) == comparable(theirs[i]["result"], offset_);
+    }
+    if (!same) difference_ = "keepalive: " + Json(mine).dump() + "\n" + Json(theirs).dump();
+  }
+
+  Subject& subject_;
+  Gateway memory_, real_;
+  std::string prefix_;
+  std::int64_t lease_;
+  Generator generate_;
+  std::int64_t offset_{0};
+  std::int64_t compacted_{0};
+  int requests_{0};
+  std::vector<WatchPair> watches_;
+  std::string difference_;
+};
+
+}  // namespace
+
+CONFORMANCE("random requests are answered as MemoryEtcd answers them") {
+  if (etcd.is_memory()) return;  // it is compared with each of the others
+  const std::uint64_t only = setting("COORDINATION_SEED", 0);
+  const auto operations = static_cast<int>(setting("COORDINATION_OPERATIONS", kOperations));
+  const std::uint64_t base = only ? only : std::random_device{}() % 1000000 * 1000 + 1;
+  const int seeds = only ? 1 : support::scaled(kSeeds);
+  std::printf("%s: %d x %d random requests, seeds from %llu\n", etcd.name().c_str(), seeds,
+              operations, static_cast<unsigned long long>(base));
+  for (int i = 0; i < seeds; ++i) {
+    const std::uint64_t seed = base + static_cast<std::uint64_t>(i);
+    const std::string difference = Comparison(etcd, seed).run(operations);
+    INFO("repeat with COORDINATION_SEED=", seed);
+    REQUIRE(difference == "");
+  }
+}

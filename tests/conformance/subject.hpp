@@ -1,0 +1,280 @@
+// Whom the conformance tests are run on, and in what these are known to differ.
+//
+// Always: MemoryEtcd, and the etcd that is installed. And those that COORDINATION_ETCD35 names
+// (paths separated by ':'), see tools/fetch_etcd35.sh.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "gateway.hpp"
+#include "support/etcd_server.hpp"
+#include "support/wait.hpp"
+
+namespace conformance {
+
+using namespace std::chrono_literals;
+using std::chrono::milliseconds;
+using gateway::b64;
+using gateway::create_request;
+using gateway::Gateway;
+using gateway::Json;
+using gateway::Jsons;
+using gateway::number;
+using gateway::revision_of;
+using gateway::Reply;
+using gateway::unb64;
+using gateway::WatchCall;
+
+/// 3.4.23 = 30423.
+constexpr int version(int major, int minor, int patch) {
+  return major * 10000 + minor * 100 + patch;
+}
+/// What MemoryEtcd says it is.
+constexpr int kMemoryVersion = version(3, 5, 30);
+
+/// In what etcds differ from each other and MemoryEtcd from them.
+enum class Quirk {
+  V1Errors,
+  PreconditionIs412,
+  NotFoundIsText,
+  UnknownEnumRefused,
+  LeasesNeedNoToken,
+  KeysNeedNoToken,
+  NestedTxnUnchecked,
+  TokenRefusedWhileOff,
+  ProgressWithoutWatcher,
+  NegativeStartCompacts,
+  CompactionEatsDelete,
+};
+
+struct Difference {
+  Quirk quirk;
+  int first, last;  // of the etcds that are so; MemoryEtcd is not unless the row says `memory`
+  bool memory;
+  const char* reason;
+};
+
+// The one table of differences.
+inline const Difference kDifferences[] = {
+    {Quirk::V1Errors, 0, version(3, 4, 99), false,
+     "3.4 has grpc-gateway v1, which also puts the message into `error`"},
+    {Quirk::PreconditionIs412, 0, version(3, 4, 99), false,
+     "gateway v1 maps FailedPrecondition to 412, v2 to 400"},
+    {Quirk::NotFoundIsText, 0, version(3, 4, 99), false,
+     "gateway v1 answers an unknown path in plain text, v2 in JSON"},
+    {Quirk::UnknownEnumRefused, 0, version(3, 4, 99), false,
+     "3.4 refuses an unknown enum name, 3.5 takes it for the first one"},
+    {Quirk::LeasesNeedNoToken, 0, version(3, 5, 29), false,
+     "later 3.5 ask for a token in lease and maintenance calls too; the exact version is unknown, "
+     "3.5.16 does not and 3.5.30 does; MemoryEtcd is as strict as the strictest"},
+    {Quirk::KeysNeedNoToken, 0, version(3, 4, 99), false,
+     "3.4 tells anybody the keys of a lease"},
+    {Quirk::NestedTxnUnchecked, 0, version(3, 5, 29), false,
+     "earlier etcds do not look for permissions inside a nested txn; the exact version is unknown, "
+     "3.5.16 does not and 3.5.30 does"},
+    {Quirk::TokenRefusedWhileOff, 0, version(3, 4, 99), false,
+     "3.4 refuses a token while authentication is off, 3.5 ignores it"},
+    {Quirk::ProgressWithoutWatcher, 0, version(3, 4, 99), false,
+     "3.5 answers a progress request only if there is a watcher, and none is catching up"},
+    {Quirk::NegativeStartCompacts, 0, version(3, 5, 29), false,
+     "a negative start_revision is a compacted one first, and a refused one later"},
+    {Quirk::CompactionEatsDelete, 0, version(3, 5, 15), false,
+     "compaction at the very revision of a delete also drops its event (etcd issue 18089, fixed "
+     "in 3.5.16)"},
+};
+
+/// One etcd under test.
+class Subject {
+ public:
+  virtual ~Subject() = default;
+
+  Subject(std::string name, int number, bool is_memory)
+      : name_(std::move(name)), version_(number), is_memory_(is_memory) {}
+  const std::string& name() const { return name_; }
+  int version() const { return version_; }
+  bool is_memory() const { return is_memory_; }
+
+  bool has(Quirk quirk) const {
+    for (const Difference& row : kDifferences) {
+      if (row.quirk != quirk) continue;
+      return is_memory_ ? row.memory : version_ >= row.first && version_ <= row.last;
+    }
+    FAIL("a quirk that is not in the table");
+    return false;
+  }
+
+  virtual Gateway gateway() = 0;
+  /// Another of the same kind, with nothing in it.
+  virtual std::unique_ptr<Subject> fresh() = 0;
+  /// Switches authentication on: root with the password "root-password", and a user who may do
+  /// anything under `prefix`.
+  virtual void enable_auth(const std::string& user, const std::string& password,
+                           const std::string& prefix) = 0;
+  /// Lets time pass for what counts it by itself. With a real etcd, wait for what shall happen.
+  virtual void let_pass(milliseconds time) = 0;
+
+  /// A key prefix and a lease id that no other test uses.
+  std::string prefix() { return "t" + std::to_string(++count_) + "/"; }
+  std::int64_t lease_id() { return 1000 + ++count_; }
+
+ private:
+  std::string name_;
+  int version_;
+  bool is_memory_;
+  std::int64_t count_{0};
+};
+
+class MemorySubject : public Subject {
+ public:
+  MemorySubject() : Subject("MemoryEtcd", kMemoryVersion, true) {}
+  Gateway gateway() override { return {etcd_, "http://memory:2379"}; }
+  std::unique_ptr<Subject> fresh() override { return std::make_unique<MemorySubject>(); }
+  void enable_auth(const std::string& user, const std::string& password,
+                   const std::string& prefix) override {
+    etcd_->enable_auth("root-password");
+    etcd_->add_user(user, password, prefix);
+  }
+  void let_pass(milliseconds time) override { etcd_->advance(time); }
+
+ private:
+  std::shared_ptr<coordination::MemoryEtcd> etcd_ = coordination::MemoryEtcd::manual_clock();
+};
+
+class RealSubject : public Subject {
+ public:
+  RealSubject(std::string binary, int number)
+      : Subject("etcd " + text(number), number, false),
+        binary_(std::move(binary)),
+        server_(options(binary_)),
+        transport_(coordination::make_default_transport()) {}
+  Gateway gateway() override { return {transport_, server_.url()}; }
+  std::unique_ptr<Subject> fresh() override {
+    return std::make_unique<RealSubject>(binary_, version());
+  }
+  void enable_auth(const std::string& user, const std::string& password,
+                   const std::string& prefix) override {
+    const Gateway g = gateway();
+    const auto must = [&](const char* path, const Json& body) {
+      const Reply reply = g.call(path, body);
+      const bool exists = reply.message().find("already exists") != std::string::npos;
+      REQUIRE_MESSAGE((reply.status == 200 || exists), path << ": " << reply.body);
+    };
+    for (const auto& [name, secret] : {std::pair<std::string, std::string>{"root", "root-password"},
+                                       {user, password}}) {
+      must("/v3/auth/user/add", {{"name", name}, {"password", secret}});
+      must("/v3/auth/role/add", {{"name", name}});
+      must("/v3/auth/user/grant", {{"user", name}, {"role", name}});
+    }
+    const Json range = {{"permType", "READWRITE"},
+                        {"key", b64(prefix)},
+                        {"range_end", b64(coordination::prefix_range_end(prefix))}};
+    must("/v3/auth/role/grant", {{"name", user}, {"perm", range}});
+    must("/v3/auth/enable", Json::object());
+  }
+  void let_pass(milliseconds) override {}
+
+ private:
+  static support::EtcdOptions options(const std::string& binary) {
+    support::EtcdOptions options;
+    options.binary = binary;
+    return options;
+  }
+  static std::string text(int number) {
+    return std::to_string(number / 10000) + "." + std::to_string(number / 100 % 100) + "." +
+           std::to_string(number % 100);
+  }
+
+  std::string binary_;
+  support::EtcdServer server_;
+  std::shared_ptr<coordination::Transport> transport_;
+};
+
+/// A binary and its version; 0 if it does not run.
+struct Binary {
+  std::string path;
+  int version{0};
+};
+
+inline Binary look_at(const std::string& path) {
+  const auto run = support::run({path, "--version"});
+  int major = 0, minor = 0, patch = 0;
+  if (std::sscanf(run.out.c_str(), "etcd Version: %d.%d.%d", &major, &minor, &patch) != 3) {
+    return {path, 0};
+  }
+  return {path, version(major, minor, patch)};
+}
+
+/// The real etcds that are to be had.
+inline std::vector<Binary> binaries() {
+  std::vector<Binary> found;
+#if COORDINATION_USE_HTTPLIB
+  const std::string installed = support::etcd_program();
+  if (!installed.empty()) found.push_back(look_at(installed));
+  const char* more = std::getenv("COORDINATION_ETCD35");
+  std::istringstream paths(more ? more : "");
+  for (std::string path; std::getline(paths, path, ':');) {
+    if (!path.empty()) found.push_back(look_at(path));
+  }
+#endif
+  return found;
+}
+
+/// All of them; each is started once, at its first use.
+inline const std::vector<std::unique_ptr<Subject>>& subjects() {
+  static const std::vector<std::unique_ptr<Subject>> all = [] {
+    std::vector<std::unique_ptr<Subject>> list;
+    list.push_back(std::make_unique<MemorySubject>());
+    for (const Binary& binary : binaries()) {
+      if (binary.version == 0) throw std::runtime_error("does not run: " + binary.path);
+      list.push_back(std::make_unique<RealSubject>(binary.path, binary.version));
+    }
+    return list;
+  }();
+  return all;
+}
+
+// CONFORMANCE("what etcd does") { ... etcd.gateway() ... } is run on every one of them.
+#define CONFORMANCE_AS(function, title)                              \
+  static void function(conformance::Subject&);                       \
+  TEST_CASE(title) {                                                 \
+    for (const auto& subject : conformance::subjects()) {            \
+      SUBCASE(subject->name().c_str()) { function(*subject); }       \
+    }                                                                \
+  }                                                                  \
+  static void function([[maybe_unused]] conformance::Subject& etcd)
+#define CONFORMANCE(title) CONFORMANCE_AS(DOCTEST_ANONYMOUS(conformance_case_), title)
+
+/// An error of etcd's, in the shape of this version and no other.
+inline void check_error(Subject& etcd, const Reply& reply, int status, int code,
+                        const std::string& message) {
+  CAPTURE(reply.body);
+  CHECK(reply.status == (code == 9 && etcd.has(Quirk::PreconditionIs412) ? 412 : status));
+  CHECK(reply.code() == code);
+  CHECK(reply.message() == message);
+  CHECK(reply.json.contains("error") == etcd.has(Quirk::V1Errors));
+}
+
+/// Keys of a range's answer.
+inline std::vector<std::string> keys_of(const Reply& reply) {
+  std::vector<std::string> keys;
+  if (!reply.json.contains("kvs")) return keys;
+  for (const Json& kv : reply.json["kvs"]) keys.push_back(unb64(kv["key"]));
+  return keys;
+}
+
+inline Json prefix_range(const std::string& prefix, Json fields = Json::object()) {
+  fields["key"] = b64(prefix);
+  fields["range_end"] = b64(coordination::prefix_range_end(prefix));
+  return fields;
+}
+
+inline bool is(const Json& object, const char* name) { return object.value(name, false); }
+
+}  // namespace conformance

@@ -1,0 +1,173 @@
+// A MemoryEtcd whose time stands still, several Coordinators on it, and a look at what is there.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "coordination.hpp"
+#include "scripted_transport.hpp"
+#include "wait.hpp"
+
+namespace support {
+
+/// Counts requests by path, and lets a test do something before or after one.
+class Tap : public coordination::Transport {
+ public:
+  using Hook = std::function<void(const coordination::HttpRequest&)>;
+
+  explicit Tap(std::shared_ptr<coordination::Transport> inner) : inner_(std::move(inner)) {}
+
+  coordination::Result<coordination::HttpResponse> perform(
+      const coordination::HttpRequest& request, const coordination::ChunkSink& sink,
+      const coordination::Context& ctx) override {
+    const auto [before, after] = note(request);
+    if (before) before(request);
+    auto response = inner_->perform(request, sink, ctx);
+    if (after) after(request);
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      ++finished_[request.path];
+    }
+    return response;
+  }
+
+  void before(Hook hook) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    before_ = std::move(hook);
+  }
+  void after(Hook hook) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    after_ = std::move(hook);
+  }
+  int count(const std::string& path) const { return look(started_, path); }
+  int finished(const std::string& path) const { return look(finished_, path); }
+  int count() const {
+    std::lock_guard<std::mutex> hold(mutex_);
+    int sum = 0;
+    for (const auto& [path, count] : started_) sum += count;
+    return sum;
+  }
+  void reset() {
+    std::lock_guard<std::mutex> hold(mutex_);
+    started_.clear();
+    finished_.clear();
+  }
+
+ private:
+  using Counts = std::map<std::string, int>;
+
+  std::pair<Hook, Hook> note(const coordination::HttpRequest& request) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    ++started_[request.path];
+    return {before_, after_};
+  }
+  int look(const Counts& counts, const std::string& path) const {
+    std::lock_guard<std::mutex> hold(mutex_);
+    const auto found = counts.find(path);
+    return found == counts.end() ? 0 : found->second;
+  }
+
+  const std::shared_ptr<coordination::Transport> inner_;
+  mutable std::mutex mutex_;
+  Counts started_, finished_;
+  Hook before_, after_;
+};
+
+/// What handlers say, from any thread.
+class Notes {
+ public:
+  void add(const std::string& text) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    lines_.push_back(text);
+  }
+  std::vector<std::string> lines() const {
+    std::lock_guard<std::mutex> hold(mutex_);
+    return lines_;
+  }
+  std::size_t size() const { return lines().size(); }
+  bool contain(const std::string& text) const {
+    for (const auto& line : lines()) {
+      if (line.find(text) != std::string::npos) return true;
+    }
+    return false;
+  }
+  std::function<void(const coordination::Error&)> on_lost() {
+    return [this](const coordination::Error& error) { add(to_string(error.code)); };
+  }
+  coordination::Logger logger() {
+    return [this](coordination::LogLevel level, std::string_view message,
+                  const coordination::LogFields& fields) {
+      std::string line = to_string(level) + (" " + std::string(message));
+      for (const auto& [name, value] : fields) line += " " + name + "=" + value;
+      add(line);
+    };
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::string> lines_;
+};
+
+class Cluster {
+ public:
+  const std::shared_ptr<coordination::MemoryEtcd> etcd{coordination::MemoryEtcd::manual_clock()};
+  const std::shared_ptr<Tap> tap{std::make_shared<Tap>(etcd)};
+
+  /// `name` is the endpoint that MemoryEtcd::partition() knows it by.
+  coordination::CoordinatorOptions options(const std::string& name = "one") const {
+    coordination::CoordinatorOptions options = options_with(tap);
+    options.endpoints = {name + ":1"};
+    options.clock = etcd->clock();
+    if (std::getenv("COORDINATION_TEST_LOG") != nullptr) {
+      options.logger = coordination::stderr_logger(coordination::LogLevel::Debug);
+    }
+    return options;
+  }
+  coordination::Coordinator connect(const std::string& name = "one") const {
+    return connect_to(options(name));
+  }
+  void cut_off(const std::string& name) const { etcd->partition(name + ":1"); }
+
+  /// Asks etcd past every tap and fault that counts requests of the library's.
+  nlohmann::json ask(const std::string& path, const nlohmann::json& body) const {
+    coordination::HttpRequest request;
+    request.endpoint = "http://observer:1";
+    request.path = path;
+    request.body = body.dump();
+    const auto response = etcd->perform(request, nullptr, {});
+    REQUIRE_MESSAGE(response, text_of(response));
+    REQUIRE_MESSAGE(response->status == 200, response->body);
+    return nlohmann::json::parse(response->body);
+  }
+};
+
+inline bool eventually(const std::function<bool()>& condition) {
+  return wait_until(condition, lenient(milliseconds(3000)));
+}
+
+/// A thread that is joined when it is no longer needed.
+class Joined {
+ public:
+  explicit Joined(std::function<void()> run) : thread_(std::move(run)) {}
+  Joined(Joined&&) noexcept = default;
+  Joined& operator=(Joined&&) = delete;
+  ~Joined() { join(); }
+  void join() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  std::thread thread_;
+};
+
+}  // namespace support

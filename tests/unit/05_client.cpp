@@ -1,0 +1,826 @@
+// Section 5: what the client makes of answers, errors and silence. The transport is a script.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <thread>
+
+#include "coordination.hpp"
+#include "support/scripted_transport.hpp"
+
+using namespace coordination;
+using namespace support;
+using nlohmann::json;
+
+namespace {
+
+constexpr const char* kRange = "/v3/kv/range";
+constexpr const char* kPut = "/v3/kv/put";
+constexpr const char* kTxn = "/v3/kv/txn";
+constexpr const char* kLogin = "/v3/auth/authenticate";
+
+/// A Coordinator on a script; what connecting has sent is forgotten.
+struct Setup {
+  std::shared_ptr<ScriptedTransport> etcd{std::make_shared<ScriptedTransport>()};
+  CoordinatorOptions options{options_with(etcd)};
+  std::unique_ptr<Coordinator> coordinator{};
+
+  Client& client() {
+    if (!coordinator) {
+      etcd->always(kPut, ok(reply(2)));
+      coordinator = std::make_unique<Coordinator>(connect_to(options));
+      etcd->clear();
+    }
+    return coordinator->client();
+  }
+};
+
+std::string login_reply(const std::string& token) {
+  return reply(1, "\"token\":\"" + token + "\"");
+}
+
+template <class T>
+void check_error(const Result<T>& result, ErrorCode code, Outcome outcome) {
+  REQUIRE_FALSE(result);
+  INFO(text_of(result));
+  CHECK(std::string(to_string(result.error().code)) == to_string(code));
+  CHECK(result.error().outcome == outcome);
+}
+
+bool mentions(const Error& error, const std::string& text) {
+  return to_string(error).find(text) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("client: every call sends its request, and reads its answer") {
+  Setup setup;
+  auto& client = setup.client();
+  auto& etcd = *setup.etcd;
+  const auto last = [&] { return json::parse(etcd.seen().back().request.body); };
+
+  etcd.next(kRange, ok(reply(9, R"("kvs":[{"key":"Zm9v","value":"YmFy","mod_revision":"4",
+      "create_revision":"3","version":"2"}],"count":"1")")));
+  const auto kv = client.get("foo");
+  REQUIRE_MESSAGE(kv, text_of(kv));
+  CHECK(kv->key == "foo");
+  CHECK(kv->value == "bar");
+  CHECK(kv->create_revision == 3);
+  CHECK(kv->mod_revision == 4);
+  CHECK(kv->version == 2);
+  CHECK(last() == json::parse(R"({"key":"Zm9v"})"));
+
+  const auto missing = client.get("foo");
+  check_error(missing, ErrorCode::NotFound, Outcome::NotApplied);
+  CHECK(mentions(missing.error(), "foo"));
+
+  const auto put = client.put("foo", "bar");
+  REQUIRE_MESSAGE(put, text_of(put));
+  CHECK(put->revision == 2);
+  CHECK(etcd.seen().back().request.path == kPut);
+  CHECK(last() == json::parse(R"({"key":"Zm9v","value":"YmFy"})"));
+
+  etcd.next("/v3/kv/deleterange", ok(reply(5, R"("deleted":"1")")));
+  const auto removed = client.remove("foo");
+  REQUIRE_MESSAGE(removed, text_of(removed));
+  CHECK(removed->deleted == 1);
+  CHECK(removed->revision == 5);
+  CHECK(last() == json::parse(R"({"key":"Zm9v"})"));
+
+  etcd.next(kTxn, ok(reply(6, R"("succeeded":true,"responses":[{"response_put":{}}])")));
+  const auto done = client.commit(Txn{}.when(Compare::missing("a")).then(Op::put("a", "b")));
+  REQUIRE_MESSAGE(done, text_of(done));
+  CHECK(done->succeeded);
+  CHECK(done->revision == 6);
+  CHECK(last()["compare"].size() == 1);
+
+  etcd.next("/v3/kv/compaction", ok(reply(6)));
+  CHECK(client.compact(4));
+  CHECK(last() == json::parse(R"({"revision":"4"})"));
+  etcd.next("/v3/kv/compaction",
+            etcd_error(400, 11, "etcdserver: mvcc: required revision has been compacted"));
+  CHECK(client.compact(4));
+
+  etcd.next("/v3/maintenance/status", ok(reply(6, R"("version":"3.5.16","dbSize":"7")")));
+  const auto status = client.status();
+  REQUIRE_MESSAGE(status, text_of(status));
+  CHECK(status->endpoint == "http://one:2379");
+  CHECK(status->version == "3.5.16");
+  CHECK(status->db_size == 7);
+  CHECK(last() == json::object());
+}
+
+TEST_CASE("client: a txn whose compares failed is no error") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->next(kTxn, ok(reply(6, R"("responses":[{"response_range":{"count":"3"}}])")));
+  const auto done = client.commit(Txn{}.when(Compare::missing("a")).otherwise(Op::get("a")));
+  REQUIRE_MESSAGE(done, text_of(done));
+  CHECK_FALSE(done->succeeded);
+  CHECK(done->range(0).count == 3);
+}
+
+// Retries.
+
+TEST_CASE("client: a read is repeated after any failure of the connection") {
+  Setup setup;
+  auto& client = setup.client();
+  for (const auto& failure : {lost(), refused(), etcd_error(503, 14, "etcdserver: no leader"),
+                              etcd_error(503, 14, "etcdserver: request timed out"),
+                              etcd_error(503, 14, "etcdserver: leader changed"),
+                              etcd_error(504, 4, "context deadline exceeded"),
+                              etcd34_error(500, 2, "context deadline exceeded"),
+                              etcd_error(503, 14, "transport is closing"),
+                              answer(502, "<html>Bad Gateway</html>"), answer(500, "")}) {
+    setup.etcd->clear();
+    setup.etcd->next(kRange, failure, 2);
+    const auto response = client.range({"foo"});
+    REQUIRE_MESSAGE(response, text_of(response));
+    CHECK(setup.etcd->count() == 3);
+    std::set<std::string> bodies;
+    for (const auto& seen : setup.etcd->seen()) bodies.insert(seen.request.body);
+    CHECK(bodies.size() == 1);
+  }
+}
+
+TEST_CASE("client: max_attempts rounds, and at least one") {
+  const std::pair<int, int> cases[] = {{0, 1}, {1, 1}, {2, 2}, {5, 5}};
+  for (const auto& [attempts, expected] : cases) {
+    Setup setup;
+    setup.options.retry_config.max_attempts = attempts;
+    auto& client = setup.client();
+    setup.etcd->always(kRange, lost());
+    check_error(client.range({"foo"}), ErrorCode::Connection, Outcome::NotApplied);
+    CHECK(setup.etcd->count(kRange) == expected);
+    setup.etcd->always(kPut, refused());
+    check_error(client.put("a", "b"), ErrorCode::Connection, Outcome::NotApplied);
+    CHECK(setup.etcd->count(kPut) == expected);
+  }
+}
+
+TEST_CASE("client: a write is not repeated once it may have been applied") {
+  Setup setup;
+  auto& client = setup.client();
+  struct Case {
+    Answer answer;
+    ErrorCode code;
+  };
+  const Case cases[] = {
+      {lost(), ErrorCode::Connection},
+      {etcd_error(503, 14, "etcdserver: request timed out"), ErrorCode::Unavailable},
+      {etcd_error(503, 14, "etcdserver: request timed out, possibly due to previous leader failure"),
+       ErrorCode::Unavailable},
+      {etcd_error(503, 14, "etcdserver: leader changed"), ErrorCode::Unavailable},
+      {etcd_error(504, 4, "context deadline exceeded"), ErrorCode::Timeout},
+      {etcd34_error(500, 2, "context deadline exceeded"), ErrorCode::Timeout},
+      {etcd_error(503, 14, "error reading from server: EOF"), ErrorCode::Unavailable},
+      {etcd34_error(503, 14, "transport is closing"), ErrorCode::Unavailable},
+      {answer(502, "<html>Bad Gateway</html>"), ErrorCode::Unavailable},
+      {answer(500, ""), ErrorCode::Unavailable},
+      {answer(200, "<html>hello</html>"), ErrorCode::Internal},
+      {answer(200, "{\"header\":{\"revis"), ErrorCode::Internal}};
+  for (const auto& [answer, code] : cases) {
+    setup.etcd->clear();
+    setup.etcd->next(kPut, answer);
+    check_error(client.put("foo", "bar"), code, Outcome::MaybeApplied);
+    CHECK(setup.etcd->count() == 1);
+    setup.etcd->next(kTxn, answer);
+    check_error(client.commit(Txn{}.then(Op::put("a", "b"))), code, Outcome::MaybeApplied);
+    setup.etcd->next("/v3/kv/deleterange", answer);
+    check_error(client.remove("a"), code, Outcome::MaybeApplied);
+    CHECK(setup.etcd->count() == 3);
+  }
+}
+
+TEST_CASE("client: a write is repeated where it was certainly not applied") {
+  Setup setup;
+  auto& client = setup.client();
+  for (const auto& failure :
+       {refused(), etcd_error(503, 14, "etcdserver: no leader"),
+        etcd34_error(503, 14, "etcdserver: no leader"),
+        etcd_error(500, 2, "etcdserver: not a primary lessor"),
+        etcd_error(503, 14, "etcdserver: rpc not supported for learner"),
+        etcd_error(429, 8, "etcdserver: too many requests")}) {
+    setup.etcd->clear();
+    setup.etcd->next(kPut, failure, 2);
+    const auto put = client.put("foo", "bar");
+    REQUIRE_MESSAGE(put, text_of(put));
+    CHECK(setup.etcd->count() == 3);
+    setup.etcd->clear();
+    setup.etcd->next(kPut, failure, 99);
+    const auto never = client.put("foo", "bar");
+    REQUIRE_FALSE(never);
+    CHECK(never.error().outcome == Outcome::NotApplied);
+    CHECK(setup.etcd->count() == 3);
+  }
+}
+
+TEST_CASE("client: an answer that may have followed an applied attempt still says 'maybe'") {
+  // A grant has an id of its own, so that it may be sent again after a lost answer.
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->next("/v3/lease/grant", lost());
+  setup.etcd->next("/v3/lease/grant", refused(), 2);
+  setup.etcd->always("/v3/lease/revoke", ok(reply(2)));
+  check_error(client.grant(10s), ErrorCode::Connection, Outcome::MaybeApplied);
+  CHECK(setup.etcd->count("/v3/lease/grant") == 3);
+  std::set<std::string> bodies;
+  for (const auto& seen : setup.etcd->seen("/v3/lease/grant")) bodies.insert(seen.request.body);
+  CHECK(bodies.size() == 1);
+  // What may exist is revoked.
+  CHECK(wait_until([&] { return setup.etcd->count("/v3/lease/revoke") >= 1; }, lenient(1s)));
+}
+
+TEST_CASE("client: a repeated grant that finds its own lease is a success") {
+  Setup setup;
+  auto& client = setup.client();
+  std::string id;
+  setup.etcd->next("/v3/lease/grant", lost());
+  for (const int status : {400, 412}) {
+    setup.etcd->clear();
+    setup.etcd->next("/v3/lease/grant", lost());
+    setup.etcd->next("/v3/lease/grant", etcd_error(status, 9, "etcdserver: lease already exists"));
+    setup.etcd->next("/v3/lease/keepalive", [&](const HttpRequest& request, const auto&,
+                                                const auto&) -> Result<HttpResponse> {
+      id = json::parse(request.body)["ID"];
+      return HttpResponse{200, "{\"result\":" + reply(3, "\"ID\":\"" + id + "\",\"TTL\":\"10\"") +
+                                   "}\n"};
+    });
+    setup.etcd->always("/v3/lease/revoke", ok(reply(2)));
+    const auto lease = client.grant(10s);
+    REQUIRE_MESSAGE(lease, text_of(lease));
+    CHECK(std::to_string(lease->id()) == id);
+    CHECK(lease->ttl() == 10s);
+    CHECK(lease->held());
+  }
+}
+
+TEST_CASE("client: the delay between rounds grows, and the next member is tried at once") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.options.retry_config.initial_delay = 20ms;
+  setup.options.retry_config.max_delay = 40ms;
+  auto& client = setup.client();
+  setup.etcd->always(kRange, refused());
+  REQUIRE_FALSE(client.range({"a"}));
+  const auto seen = setup.etcd->seen();
+  REQUIRE(seen.size() == 6);
+  const auto gap = [&](std::size_t i) { return seen[i + 1].when - seen[i].when; };
+  for (const std::size_t i : {0u, 2u, 4u}) CHECK(gap(i) < lenient(10ms));
+  CHECK(gap(1) >= 15ms);
+  CHECK(gap(3) >= 30ms);
+}
+
+// Refusals.
+
+TEST_CASE("client: what etcd refuses is told once, in both shapes, and names the endpoint") {
+  Setup setup;
+  auto& client = setup.client();
+  struct Case {
+    int status, code;
+    const char* message;
+    ErrorCode expected;
+  };
+  const Case cases[] = {
+      {400, 3, "etcdserver: key is not provided", ErrorCode::Validation},
+      {400, 3, "etcdserver: request is too large", ErrorCode::Validation},
+      {429, 8, "grpc: received message larger than max (2097162 vs. 2097152)",
+       ErrorCode::Validation},
+      {400, 3, "etcdserver: duplicate key given in txn request", ErrorCode::Validation},
+      {400, 3, "etcdserver: key not found", ErrorCode::Validation},
+      {400, 11, "etcdserver: too large lease TTL", ErrorCode::Validation},
+      {400, 11, "etcdserver: mvcc: required revision has been compacted", ErrorCode::Compacted},
+      {404, 5, "etcdserver: requested lease not found", ErrorCode::NotFound},
+      {403, 7, "etcdserver: permission denied", ErrorCode::PermissionDenied},
+      {429, 8, "etcdserver: mvcc: database space exceeded", ErrorCode::Unavailable},
+      {412, 9, "etcdserver: something precious", ErrorCode::Conflict}};
+  for (const auto& [status, code, message, expected] : cases) {
+    for (const auto& refusal :
+         {etcd_error(status, code, message), etcd34_error(status, code, message)}) {
+      setup.etcd->clear();
+      setup.etcd->next(kPut, refusal);
+      const auto put = client.put("foo", "bar");
+      check_error(put, expected, Outcome::NotApplied);
+      CHECK(mentions(put.error(), "one:2379"));
+      CHECK(mentions(put.error(), message));
+      CHECK(setup.etcd->count() == 1);
+      setup.etcd->next(kRange, refusal);
+      const auto range = client.range({"foo"});
+      check_error(range, expected, Outcome::NotApplied);
+      CHECK(setup.etcd->count() == 2);
+    }
+  }
+}
+
+TEST_CASE("client: a future revision is waited for: the member may be behind") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->next(
+      kRange, etcd_error(400, 11, "etcdserver: mvcc: required revision is a future revision"));
+  CHECK(client.range({"foo"}));
+  CHECK(setup.etcd->count() == 2);
+}
+
+TEST_CASE("client: another server, or a gateway that is off: the error says so and names it") {
+  Setup setup;
+  auto& client = setup.client();
+  struct Case {
+    Answer answer;
+    ErrorCode code;
+    const char* hint;
+  };
+  const std::string html = "<html><body>Welcome to nginx!</body></html>";
+  const Case cases[] = {
+      {answer(404, "404 page not found\n"), ErrorCode::Unavailable, "gateway"},
+      {answer(404, "Not Found\n"), ErrorCode::Unavailable, "gateway"},
+      {answer(404, R"({"code":5, "message":"Not Found"})"), ErrorCode::Unavailable, "gateway"},
+      {answer(404, html), ErrorCode::Unavailable, "404"},
+      {answer(301, ""), ErrorCode::Unavailable, "301"},
+      {answer(403, html), ErrorCode::Unavailable, "403"},
+      {answer(502, html), ErrorCode::Unavailable, "502"},
+      {answer(200, html), ErrorCode::Internal, "nginx"},
+      {answer(200, ""), ErrorCode::Internal, "one:2379"},
+      {answer(200, "{}"), ErrorCode::Internal, "not a reply"},
+      {answer(200, "[]"), ErrorCode::Internal, "not a reply"},
+      {answer(200, "{\"header\":"), ErrorCode::Internal, "not a reply"},
+      {answer(200, std::string(200000, '[')), ErrorCode::Internal, "not a reply"},
+      {answer(200, std::string("\xff\0\x01", 3)), ErrorCode::Internal, "one:2379"}};
+  for (const auto& [answer, code, hint] : cases) {
+    setup.etcd->clear();
+    setup.etcd->next(kRange, answer, 99);
+    const auto range = client.range({"foo"});
+    REQUIRE_FALSE(range);
+    INFO(text_of(range));
+    CHECK(std::string(to_string(range.error().code)) == to_string(code));
+    CHECK(mentions(range.error(), "one:2379"));
+    CHECK(mentions(range.error(), hint));
+    CHECK(to_string(range.error()).size() < 500);
+  }
+}
+
+TEST_CASE("client: a client certificate with a CN is named as what it is") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->next(kRange, answer(400, "CommonName of client sending a request against gateway "
+                                       "will be ignored and not used as expected\n"));
+  const auto range = client.range({"foo"});
+  check_error(range, ErrorCode::PermissionDenied, Outcome::NotApplied);
+  CHECK(mentions(range.error(), "CommonName"));
+  CHECK(setup.etcd->count() == 1);
+}
+
+// Login.
+
+namespace {
+
+/// A script that wants a token and knows one: "token-<number of logins>".
+struct Guarded : Setup {
+  std::atomic<int> logins{0};
+  std::string valid{"token-1"};
+
+  Guarded() {
+    options.username = "joe";
+    options.password = "secret";
+    etcd->always(kLogin, [this](const auto&, const auto&, const auto&) -> Result<HttpResponse> {
+      return HttpResponse{200, login_reply("token-" + std::to_string(++logins))};
+    });
+  }
+};
+
+std::vector<std::string> tokens(const ScriptedTransport& etcd, const std::string& path) {
+  std::vector<std::string> result;
+  for (const auto& seen : etcd.seen(path)) result.push_back(header(seen.request, "Authorization"));
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("login: once, at connect; then every request has the token") {
+  Guarded setup;
+  setup.etcd->always(kPut, ok(reply(2)));
+  setup.coordinator = std::make_unique<Coordinator>(connect_to(setup.options));
+  const auto seen = setup.etcd->seen();
+  REQUIRE(seen.size() == 2);
+  CHECK(seen[0].request.path == kLogin);
+  CHECK(json::parse(seen[0].request.body) ==
+        json::parse(R"({"name":"joe","password":"secret"})"));
+  CHECK(header(seen[0].request, "Authorization").empty());
+  CHECK(header(seen[1].request, "Authorization") == "token-1");
+  CHECK(setup.coordinator->client().put("a", "b"));
+  CHECK(tokens(*setup.etcd, kPut) == std::vector<std::string>{"token-1"});
+  CHECK(setup.logins == 1);
+}
+
+TEST_CASE("login: without a username no token is sent") {
+  Setup setup;
+  CHECK(setup.client().put("a", "b"));
+  CHECK(tokens(*setup.etcd, kPut) == std::vector<std::string>{""});
+  CHECK(setup.etcd->seen().back().request.headers.empty());
+}
+
+TEST_CASE("login: every sign of a dead token leads to one new login, and the call succeeds") {
+  Guarded setup;
+  auto& client = setup.client();
+  const Answer signs[] = {etcd_error(401, 16, "etcdserver: invalid auth token"),
+                          etcd34_error(401, 16, "etcdserver: invalid auth token"),
+                          etcd_error(400, 3, "etcdserver: revision of auth store is old"),
+                          etcd34_error(400, 3, "etcdserver: user name is empty")};
+  int expected = 1;
+  for (const auto& sign : signs) {
+    setup.etcd->clear();
+    setup.etcd->next(kPut, sign);
+    const auto put = client.put("a", "b");
+    REQUIRE_MESSAGE(put, text_of(put));
+    const auto before = "token-" + std::to_string(expected);
+    const auto after = "token-" + std::to_string(++expected);
+    CHECK(tokens(*setup.etcd, kPut) == std::vector<std::string>{before, after});
+    CHECK(setup.etcd->count(kLogin) == 1);
+  }
+}
+
+TEST_CASE("login: a token that is refused twice is no loop") {
+  Guarded setup;
+  auto& client = setup.client();
+  setup.etcd->always(kPut, etcd_error(401, 16, "etcdserver: invalid auth token"));
+  check_error(client.put("a", "b"), ErrorCode::PermissionDenied, Outcome::NotApplied);
+  CHECK(setup.etcd->count(kPut) == 2);
+  CHECK(setup.etcd->count(kLogin) == 1);
+}
+
+TEST_CASE("login: a wrong password is told at once, and no loop") {
+  Guarded setup;
+  for (const auto& refusal :
+       {etcd_error(400, 3, "etcdserver: authentication failed, invalid user ID or password"),
+        etcd34_error(400, 3, "etcdserver: authentication failed, invalid user ID or password")}) {
+    setup.etcd->clear();
+    setup.etcd->always(kLogin, refusal);
+    const auto connected = Coordinator::connect(setup.options);
+    REQUIRE_FALSE(connected);
+    CHECK(connected.error().code == ErrorCode::PermissionDenied);
+    CHECK(mentions(connected.error(), "joe"));
+    CHECK_FALSE(mentions(connected.error(), "secret"));
+    CHECK(setup.etcd->count() == 1);
+  }
+}
+
+TEST_CASE("login: authentication that is off needs no token") {
+  for (const int status : {400, 412}) {
+    Guarded setup;
+    setup.etcd->always(kPut, ok(reply(2)));
+    setup.etcd->always(kLogin,
+                       etcd_error(status, 9, "etcdserver: authentication is not enabled"));
+    setup.coordinator = std::make_unique<Coordinator>(connect_to(setup.options));
+    CHECK(setup.coordinator->client().put("a", "b"));
+    CHECK(tokens(*setup.etcd, kPut) == std::vector<std::string>{""});
+  }
+}
+
+TEST_CASE("login: etcd demands one and none was given") {
+  Setup setup;
+  setup.etcd->always(kRange, etcd_error(400, 3, "etcdserver: user name is empty"));
+  const auto connected = Coordinator::connect(setup.options);
+  REQUIRE_FALSE(connected);
+  CHECK(connected.error().code == ErrorCode::PermissionDenied);
+  CHECK(mentions(connected.error(), "username"));
+  CHECK(setup.etcd->count() == 1);
+}
+
+TEST_CASE("login: many calls at once share one login") {
+  Guarded setup;
+  auto& client = setup.client();
+  std::atomic<int> good{0};
+  setup.etcd->always(kPut, [&](const HttpRequest& request, const auto&,
+                               const auto&) -> Result<HttpResponse> {
+    if (header(request, "Authorization") == "token-2") return HttpResponse{200, reply(3)};
+    return HttpResponse{401, R"({"code":16,"message":"etcdserver: invalid auth token"})"};
+  });
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&] {
+      if (client.put("a", "b")) ++good;
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK(good == 8);
+  CHECK(setup.etcd->count(kLogin) == 1);
+}
+
+TEST_CASE("login: no password and no token is ever logged") {
+  Guarded setup;
+  std::mutex mutex;
+  std::string log;
+  setup.options.logger = [&](LogLevel, std::string_view message, const LogFields& fields) {
+    std::lock_guard<std::mutex> hold(mutex);
+    log += message;
+    for (const auto& [name, value] : fields) log += " " + name + "=" + value;
+    log += "\n";
+  };
+  auto& client = setup.client();
+  setup.etcd->next(kPut, etcd_error(401, 16, "etcdserver: invalid auth token"));
+  CHECK(client.put("a", "private value"));
+  setup.coordinator->close().value();
+  std::lock_guard<std::mutex> hold(mutex);
+  CHECK(log.find("logged in") != std::string::npos);
+  for (const char* never : {"secret", "token-", "private"}) {
+    CHECK(log.find(never) == std::string::npos);
+  }
+}
+
+// Members.
+
+TEST_CASE("members: one that fails is passed over, and the next one stays in use") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379", "three:2379"};
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", refused());
+  CHECK(client.range({"a"}));
+  CHECK(setup.etcd->endpoints() == std::vector<std::string>{"http://one:2379", "http://two:2379"});
+  setup.etcd->clear();
+  for (int i = 0; i < 5; ++i) CHECK(client.range({"a"}));
+  CHECK(setup.etcd->endpoints() == std::vector<std::string>(5, "http://two:2379"));
+  setup.etcd->clear();
+  setup.etcd->endpoint("http://two:2379", etcd_error(503, 14, "etcdserver: no leader"));
+  CHECK(client.put("a", "b"));
+  CHECK(setup.etcd->endpoints() ==
+        std::vector<std::string>{"http://two:2379", "http://three:2379"});
+}
+
+TEST_CASE("members: where all fail each is tried once a round, and all are named in no loop") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379", "three:2379"};
+  auto& client = setup.client();
+  setup.etcd->always(kRange, refused());
+  check_error(client.range({"a"}), ErrorCode::Connection, Outcome::NotApplied);
+  const auto seen = setup.etcd->endpoints();
+  REQUIRE(seen.size() == 9);
+  for (std::size_t round = 0; round < 3; ++round) {
+    const auto begin = seen.begin() + static_cast<std::ptrdiff_t>(3 * round);
+    CHECK(std::set<std::string>(begin, begin + 3).size() == 3);
+  }
+}
+
+TEST_CASE("members: one that was down is tried again after a rest") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", refused());
+  CHECK(client.range({"a"}));
+  setup.etcd->endpoint("http://one:2379", nullptr);
+  setup.etcd->endpoint("http://two:2379", refused());
+  setup.etcd->clear();
+  CHECK(client.range({"a"}));  // nobody else is left, so it is tried before its time
+  CHECK(setup.etcd->endpoints() == std::vector<std::string>{"http://two:2379", "http://one:2379"});
+}
+
+TEST_CASE("members: a refusal says nothing against a member") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  auto& client = setup.client();
+  setup.etcd->next(kPut, etcd_error(403, 7, "etcdserver: permission denied"));
+  CHECK_FALSE(client.put("a", "b"));
+  CHECK(client.put("a", "b"));
+  CHECK(setup.etcd->endpoints() == std::vector<std::string>(2, "http://one:2379"));
+}
+
+TEST_CASE("members: a read that one member swallows is answered by another in time") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.options.timeout = 600ms;
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", silence());
+  const Stopwatch watch;
+  const auto range = client.range({"a"});
+  REQUIRE_MESSAGE(range, text_of(range));
+  CHECK(watch.elapsed() < 600ms);
+}
+
+TEST_CASE("members: the same endpoint twice is one") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "http://one:2379", "one:02379"};
+  auto& client = setup.client();
+  setup.etcd->always(kRange, refused());
+  CHECK_FALSE(client.range({"a"}));
+  CHECK(setup.etcd->count() == 3);
+}
+
+// Time.
+
+TEST_CASE("time: a deadline ends a call, also one in a transport that overruns it") {
+  Setup setup;
+  auto& client = setup.client();
+  for (const auto& hang : {silence(), deaf_to_deadlines()}) {
+    setup.etcd->always(kRange, hang);
+    setup.etcd->always(kPut, hang);
+    const Stopwatch watch;
+    check_error(client.range({"a"}, Context::with_timeout(50ms)), ErrorCode::Timeout,
+                Outcome::NotApplied);
+    CHECK(watch.elapsed() >= 50ms);
+    CHECK(watch.elapsed() <= lenient(150ms));
+    check_error(client.put("a", "b", Context::with_timeout(20ms)), ErrorCode::Timeout,
+                Outcome::MaybeApplied);
+    CHECK(watch.elapsed() <= lenient(270ms));
+  }
+}
+
+TEST_CASE("time: options.timeout where the Context says nothing") {
+  Setup setup;
+  setup.options.timeout = 40ms;
+  auto& client = setup.client();
+  setup.etcd->always(kRange, silence());
+  const Stopwatch watch;
+  check_error(client.range({"a"}), ErrorCode::Timeout, Outcome::NotApplied);
+  CHECK(watch.elapsed() >= 40ms);
+  CHECK(watch.elapsed() <= lenient(140ms));
+}
+
+TEST_CASE("time: a deadline in the far future is no hurry") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always(kRange, [](const auto&, const auto&, const Context& ctx)
+                                 -> Result<HttpResponse> {
+    std::this_thread::sleep_for(40ms);  // longer than the grace that transports get
+    if (ctx.done()) return Error{ErrorCode::Cancelled, "done too early", "", {}, 0};
+    return HttpResponse{200, reply(1)};
+  });
+  for (const auto& far : {Context::with_deadline(std::chrono::steady_clock::time_point::max()),
+                          Context::with_timeout(milliseconds::max()), Context()}) {
+    const auto range = client.range({"a"}, far);
+    CHECK_MESSAGE(range, text_of(range));
+  }
+}
+
+TEST_CASE("time: a delay between rounds ends with the deadline") {
+  Setup setup;
+  setup.options.retry_config.initial_delay = 10s;
+  setup.options.retry_config.max_delay = 10s;
+  auto& client = setup.client();
+  setup.etcd->always(kPut, refused());
+  const Stopwatch watch;
+  const auto put = client.put("a", "b", Context::with_timeout(30ms));
+  check_error(put, ErrorCode::Timeout, Outcome::NotApplied);
+  CHECK(mentions(put.error(), "the script says no"));
+  CHECK(watch.elapsed() <= lenient(130ms));
+}
+
+TEST_CASE("time: a cancelled call returns within 100 ms, wherever it is") {
+  Setup setup;
+  setup.options.retry_config.initial_delay = 10s;
+  setup.options.retry_config.max_delay = 10s;
+  auto& client = setup.client();
+  for (const auto& wait : {silence(), deaf_to_deadlines(), refused()}) {
+    setup.etcd->clear();
+    setup.etcd->always(kPut, wait);
+    const Context ctx;
+    Stopwatch watch;
+    std::thread canceller([&] {
+      wait_until([&] { return setup.etcd->count() > 0; }, lenient(1s));
+      std::this_thread::sleep_for(5ms);
+      watch.reset();
+      ctx.cancel();
+    });
+    const auto put = client.put("a", "b", ctx);
+    CHECK(watch.elapsed() <= lenient(100ms));
+    canceller.join();
+    REQUIRE_FALSE(put);
+    CHECK(put.error().code == ErrorCode::Cancelled);
+    CHECK(setup.etcd->count() == 1);
+  }
+}
+
+TEST_CASE("time: a Context that is over sends nothing") {
+  Setup setup;
+  auto& client = setup.client();
+  const Context cancelled;
+  cancelled.cancel();
+  check_error(client.put("a", "b", cancelled), ErrorCode::Cancelled, Outcome::NotApplied);
+  check_error(client.put("a", "b", Context::with_timeout(0ms)), ErrorCode::Timeout,
+              Outcome::NotApplied);
+  check_error(client.range({"a"}, Context::child_of(cancelled)), ErrorCode::Cancelled,
+              Outcome::NotApplied);
+  CHECK(setup.etcd->count() == 0);
+}
+
+TEST_CASE("time: close() ends the calls that are under way") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always(kPut, silence());
+  Result<PutResponse> put = PutResponse{};
+  std::thread caller([&] { put = client.put("a", "b", Context::with_timeout(10s)); });
+  CHECK(wait_until([&] { return setup.etcd->count() > 0; }, lenient(1s)));
+  const Stopwatch watch;
+  setup.coordinator->close().value();
+  caller.join();
+  CHECK(watch.elapsed() < lenient(1s));
+  check_error(put, ErrorCode::Cancelled, Outcome::MaybeApplied);
+  check_error(client.range({"a"}), ErrorCode::Cancelled, Outcome::NotApplied);
+  CHECK(setup.etcd->count() == 1);
+}
+
+// Bad input.
+
+TEST_CASE("bad input: nothing is sent") {
+  Setup setup;
+  auto& client = setup.client();
+  const auto invalid = [&](const auto& result) {
+    CHECK_FALSE(result);
+    if (result) return;
+    CHECK_MESSAGE(result.error().code == ErrorCode::Validation, text_of(result));
+    CHECK(result.error().outcome == Outcome::NotApplied);
+    CHECK_FALSE(result.error().message.empty());
+  };
+  invalid(client.get(""));
+  invalid(client.range({}));
+  invalid(client.put("", "value"));
+  invalid(client.remove(""));
+  invalid(client.grant(0ms));
+  invalid(client.grant(-5s));
+  invalid(client.watch(""));
+  WatchRequest negative;
+  negative.key = "a";
+  negative.start_revision = -1;
+  invalid(client.watch(negative));
+  WatchRequest nothing;
+  nothing.key = "a";
+  nothing.no_put = nothing.no_delete = true;
+  invalid(client.watch(nothing));
+  WatchRequest good;
+  good.key = "a";
+  invalid(client.watch(good, nullptr));
+
+  auto& lock = setup.coordinator->lock();
+  auto& election = setup.coordinator->election();
+  auto& config = setup.coordinator->config();
+  auto& registry = setup.coordinator->registry();
+  for (const char* const text : {"", "/", "/a", "a/", "a//b", "..", "a/..", "../b", "a/../b", ".",
+                                 "a/./b", "a/."}) {
+    const std::string key = text;
+    INFO(key);
+    invalid(lock.acquire(key, 10s));
+    invalid(lock.try_acquire(key, 10s));
+    invalid(lock.acquire_shared(key, 10s));
+    invalid(lock.try_acquire_shared(key, 10s));
+    invalid(lock.semaphore(key, 2).acquire(10s));
+    invalid(lock.semaphore(key, 2).try_acquire(10s));
+    invalid(election.campaign(key, "me", 10s));
+    invalid(election.leader(key));
+    invalid(election.observe(key));
+    invalid(election.observe(key, [](const LeaderInfo&) {}));
+    invalid(config.get(key));
+    invalid(config.get_as<int>(key));
+    invalid(config.get_entry(key));
+    invalid(config.set(key, 1));
+    invalid(config.compare_and_set(key, 0, 1));
+    invalid(config.remove(key));
+    invalid(config.watch(key));
+    invalid(config.watch(key, [](const ConfigEvent&) {}));
+    if (key.empty()) continue;  // it means all of them
+    invalid(config.list(key));
+    invalid(config.watch_prefix(key));
+    invalid(config.watch_prefix(key, [](const ConfigEvent&) {}));
+    invalid(config.view(key));
+  }
+  for (const auto ttl : {0ms, -1ms, milliseconds(-10000)}) {
+    invalid(lock.acquire("a", ttl));
+    invalid(lock.try_acquire("a", ttl));
+    invalid(lock.acquire_shared("a", ttl));
+    invalid(lock.semaphore("a", 1).acquire(ttl));
+    invalid(election.campaign("a", "me", ttl));
+    invalid(registry.register_service({"id", "name", "host", 80, {}, ttl}));
+  }
+  invalid(lock.semaphore("a", 0).acquire(10s));
+  invalid(lock.semaphore("a", -1).try_acquire(10s));
+  invalid(config.compare_and_set("a", -1, 1));
+  invalid(config.set("a", "\xff"));
+  invalid(config.set("a", {{"b", "\xff"}}));
+  invalid(config.set("a", std::numeric_limits<double>::quiet_NaN()));
+
+  const ServiceInfo right{"id", "name", "host", 80, {}, 10s};
+  for (const char* segment : {"", "/", "a/b", "/a", "a/", ".", ".."}) {
+    INFO(std::string(segment));
+    auto service = right;
+    service.id = segment;
+    invalid(registry.register_service(service));
+    invalid(registry.unregister(segment));
+    service = right;
+    service.name = segment;
+    invalid(registry.register_service(service));
+    invalid(registry.discover(segment));
+    invalid(registry.watch(segment));
+    invalid(registry.watch(segment, [](const ServiceEvent&) {}));
+    invalid(registry.view(segment));
+  }
+  for (const int port : {0, -1, 65536, 1 << 30}) {
+    auto service = right;
+    service.port = port;
+    invalid(registry.register_service(service));
+  }
+  auto service = right;
+  service.address = "";
+  invalid(registry.register_service(service));
+
+  CHECK(setup.etcd->count() == 0);
+  setup.coordinator->close().value();
+  CHECK(setup.etcd->count() == 0);
+}

@@ -1,0 +1,347 @@
+// Section 6: leases, on an etcd in memory whose time the tests move.
+#include <doctest/doctest.h>
+
+#include "coordination.hpp"
+#include "support/memory_cluster.hpp"
+
+using namespace coordination;
+using namespace support;
+
+namespace {
+
+constexpr const char* kKeepAlive = "/v3/lease/keepalive";
+
+struct Setup : Cluster {
+  Coordinator c{connect()};
+  Client& client{c.client()};
+
+  Lease grant(milliseconds ttl = 9s) { return client.grant(ttl).value(); }
+
+  /// A third of the TTL passes, and what has to be renewed is.
+  void third_of(const Lease& lease) {
+    const int before = tap->finished(kKeepAlive);
+    etcd->advance(lease.ttl() / 3 + 1ms);
+    CHECK(eventually([&] { return tap->finished(kKeepAlive) > before; }));
+  }
+  void put_with(const Lease& lease, const std::string& key) {
+    PutRequest put;
+    put.key = key;
+    put.lease = lease.id();
+    client.put(put).value();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("lease: granted, in etcd, and gone with its handle") {
+  Setup s;
+  {
+    const auto lease = s.grant();
+    CHECK(lease.id() > 0);
+    CHECK(lease.ttl() == 9s);
+    CHECK(lease.held());
+    CHECK(s.etcd->leases() == std::vector<std::int64_t>{lease.id()});
+    s.put_with(lease, "a");
+    CHECK(s.etcd->keys() == std::vector<std::string>{"a"});
+  }
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+  CHECK(s.etcd->keys().empty());
+}
+
+TEST_CASE("lease: whole seconds, and etcd's minimum") {
+  Setup s;
+  CHECK(s.grant(1ms).ttl() == 2s);
+  CHECK(s.grant(2001ms).ttl() == 3s);
+  auto lease = s.grant(10s);
+  CHECK(lease.ttl() == 10s);
+  CHECK(lease.remaining().value() == 10s);
+}
+
+TEST_CASE("lease: held() asks nobody") {
+  Setup s;
+  const auto lease = s.grant();
+  s.tap->reset();
+  for (int i = 0; i < 100; ++i) CHECK(lease.held());
+  CHECK(s.tap->count() == 0);
+}
+
+TEST_CASE("lease: it renews itself for as long as it is wanted") {
+  Setup s;
+  const auto lease = s.grant();
+  s.put_with(lease, "a");
+  for (int i = 0; i < 12; ++i) {  // four TTLs
+    s.third_of(lease);
+    CHECK(lease.held());
+  }
+  CHECK(s.etcd->leases().size() == 1);
+  CHECK(s.etcd->keys().size() == 1);
+  CHECK(s.tap->count(kKeepAlive) <= 14);
+}
+
+TEST_CASE("lease: many are renewed in one request, by no more threads") {
+  Setup s;
+  std::vector<Lease> leases;
+  for (int i = 0; i < 200; ++i) leases.push_back(s.grant());
+  s.tap->reset();
+  s.etcd->advance(5s);
+  CHECK(eventually([&] {
+    const auto left = leases.back().remaining();
+    return left && *left == 9s;
+  }));
+  for (auto& lease : leases) CHECK(lease.remaining().value() >= 8s);
+  CHECK(s.tap->count(kKeepAlive) <= 2);
+  CHECK(thread_count() <= 12);
+}
+
+TEST_CASE("lease: lost because etcd says so") {
+  Setup s;
+  Notes notes;
+  auto lease = s.grant();
+  lease.on_lost(notes.on_lost());
+  CHECK(s.etcd->expire_lease(lease.id()));
+  CHECK(lease.held());  // nobody has told us yet
+  s.third_of(lease);
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  CHECK(notes.lines() == std::vector<std::string>{"LOST"});
+  CHECK_FALSE(lease.held());
+  const auto renewed = lease.keep_alive_once();
+  REQUIRE_FALSE(renewed);
+  CHECK(renewed.error().code == ErrorCode::Lost);
+  const auto left = lease.remaining();
+  REQUIRE_FALSE(left);
+  CHECK(left.error().code == ErrorCode::Lost);
+  const int before = s.tap->count(kKeepAlive);
+  s.etcd->advance(9s);
+  s.etcd->advance(9s);
+  CHECK(s.tap->count(kKeepAlive) == before);
+  CHECK(notes.size() == 1);
+}
+
+TEST_CASE("lease: lost by the clock, when etcd cannot be reached") {
+  Setup s;
+  Notes notes;
+  auto lease = s.grant();
+  lease.on_lost(notes.on_lost());
+  s.put_with(lease, "a");
+  s.cut_off("one");
+  s.etcd->advance(8999ms);
+  CHECK(lease.held());
+  s.etcd->advance(1ms);
+  CHECK_FALSE(lease.held());
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  s.etcd->heal();
+  s.etcd->advance(9s);
+  CHECK_FALSE(lease.held());
+  CHECK(notes.size() == 1);
+  CHECK(s.etcd->keys().empty());
+}
+
+TEST_CASE("lease: its time counts from when the renewal was sent, not from its answer") {
+  Setup s;
+  s.tap->after([&](const HttpRequest& request) {
+    if (request.path == "/v3/lease/grant" || request.path == kKeepAlive) s.etcd->advance(2s);
+  });
+  auto lease = s.grant();
+  CHECK(lease.keep_alive_once());  // sent at 2 s, and answered at 4 s
+  s.tap->after(nullptr);
+  s.cut_off("one");
+  s.etcd->advance(6999ms);
+  CHECK(lease.held());
+  s.etcd->advance(1ms);
+  CHECK_FALSE(lease.held());
+}
+
+TEST_CASE("lease: an answer that is late cannot bring a lost lease back") {
+  Setup s;
+  auto lease = s.grant();
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path == kKeepAlive) s.etcd->advance(9s);
+  });
+  CHECK_FALSE(lease.keep_alive_once());
+  CHECK_FALSE(lease.held());
+  s.tap->before(nullptr);
+  CHECK_FALSE(lease.keep_alive_once());
+  CHECK_FALSE(lease.held());
+}
+
+TEST_CASE("lease: the loss is told once, also to a handler that comes late") {
+  Setup s;
+  Notes notes;
+  auto lease = s.grant();
+  s.cut_off("one");
+  s.etcd->advance(10s);
+  CHECK_FALSE(lease.held());
+  lease.on_lost(notes.on_lost());
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  lease.on_lost(notes.on_lost());
+  s.etcd->advance(10s);
+  CHECK(notes.size() == 1);
+}
+
+TEST_CASE("lease: nothing is told after revoke, detach or destruction") {
+  Setup s;
+  Notes notes;
+  {
+    auto revoked = s.grant(), detached = s.grant(), destroyed = s.grant();
+    for (auto* lease : {&revoked, &detached, &destroyed}) lease->on_lost(notes.on_lost());
+    CHECK(revoked.revoke());
+    detached.detach();
+    { const Lease gone = std::move(destroyed); }
+    CHECK_FALSE(revoked.held());
+    CHECK_FALSE(detached.held());
+    s.etcd->advance(30s);
+    CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+  }
+  s.c.close().value();
+  CHECK(notes.size() == 0);
+}
+
+TEST_CASE("lease: a handler may destroy its lease") {
+  Setup s;
+  auto lease = std::make_unique<Lease>(s.grant());
+  std::atomic<bool> destroyed{false};
+  lease->on_lost([&](const Error&) {
+    lease.reset();
+    destroyed = true;
+  });
+  s.etcd->expire_lease(lease->id());
+  s.etcd->advance(4s);
+  CHECK(eventually([&] { return destroyed.load(); }));
+}
+
+TEST_CASE("lease: a handler that throws is logged, and harms no other") {
+  Setup s;
+  Notes log, notes;
+  auto options = s.options("two");
+  options.logger = log.logger();
+  auto c = connect_to(options);
+  auto one = c.client().grant(9s).value(), two = c.client().grant(9s).value();
+  one.on_lost([](const Error&) { throw std::runtime_error("oh no"); });
+  two.on_lost(notes.on_lost());
+  s.cut_off("two");
+  s.etcd->advance(9s);
+  CHECK(eventually([&] { return notes.size() == 1 && log.contain("oh no"); }));
+}
+
+TEST_CASE("lease: keep_alive_once renews now") {
+  Setup s;
+  auto lease = s.grant(10s);
+  s.etcd->advance(2500ms);
+  CHECK(lease.remaining().value() == 7s);
+  CHECK(lease.keep_alive_once());
+  CHECK(lease.remaining().value() == 10s);
+  s.cut_off("one");
+  const auto failed = lease.keep_alive_once();
+  REQUIRE_FALSE(failed);
+  CHECK(failed.error().code == ErrorCode::Connection);
+  CHECK(lease.held());
+}
+
+TEST_CASE("lease: revoke takes its keys, and may be repeated") {
+  Setup s;
+  auto lease = s.grant();
+  s.put_with(lease, "a");
+  CHECK(lease.revoke());
+  CHECK(s.etcd->leases().empty());
+  CHECK(s.etcd->keys().empty());
+  CHECK(lease.revoke());
+  CHECK_FALSE(lease.held());
+}
+
+TEST_CASE("lease: a revoke that failed is done later") {
+  Setup s;
+  auto lease = s.grant();
+  s.cut_off("one");
+  const auto failed = lease.revoke();
+  REQUIRE_FALSE(failed);
+  CHECK(failed.error().code == ErrorCode::Connection);
+  CHECK_FALSE(lease.held());
+  CHECK(s.etcd->leases().size() == 1);
+  s.etcd->heal();
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("lease: detached, it lives until its TTL is over") {
+  Setup s;
+  {
+    auto lease = s.grant();
+    const auto id = lease.id();
+    CHECK(lease.detach() == id);
+  }
+  s.etcd->advance(8s);
+  CHECK(s.etcd->leases().size() == 1);
+  s.etcd->advance(1s);
+  CHECK(s.etcd->leases().empty());
+  CHECK(s.tap->count(kKeepAlive) == 0);
+}
+
+TEST_CASE("lease: a handle that is assigned to gives up its lease") {
+  Setup s;
+  auto one = s.grant(), two = s.grant();
+  const auto id = two.id();
+  one = std::move(two);
+  CHECK(one.id() == id);
+  CHECK(eventually([&] { return s.etcd->leases() == std::vector<std::int64_t>{id}; }));
+  CHECK(one.held());
+}
+
+TEST_CASE("lease: a grant that failed leaves nothing behind") {
+  Setup s;
+  s.etcd->drop_replies(3);
+  const auto lease = s.client.grant(9s);
+  REQUIRE_FALSE(lease);
+  CHECK(lease.error().outcome == Outcome::MaybeApplied);
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("lease: a grant whose answer was lost once is one lease") {
+  Setup s;
+  s.etcd->drop_replies(1);
+  const auto lease = s.client.grant(9s);
+  REQUIRE_MESSAGE(lease, text_of(lease));
+  CHECK(s.etcd->leases() == std::vector<std::int64_t>{lease->id()});
+  CHECK(lease->held());
+}
+
+TEST_CASE("lease: renewals go on through lost answers, no leader and dead tokens") {
+  Setup s;
+  s.etcd->enable_auth("pw");
+  auto options = s.options("two");
+  options.username = "root";
+  options.password = "pw";
+  auto c = connect_to(options);
+  Notes notes;
+  auto lease = c.client().grant(9s).value();
+  lease.on_lost(notes.on_lost());
+  const auto survives = [&](const std::function<void()>& fault) {
+    fault();
+    s.etcd->advance(lease.ttl() / 3 + 1ms);
+    CHECK(eventually([&] {
+      s.etcd->advance(1ms);  // the next attempt is made by etcd's clock, too
+      const auto left = lease.remaining();
+      return left && *left >= 8s;
+    }));
+    CHECK(lease.held());
+  };
+  survives([&] { s.etcd->drop_replies(1); });
+  survives([&] { s.etcd->fail_next(1); });
+  survives([&] { s.etcd->no_leader(1); });
+  survives([&] { s.etcd->invalidate_tokens(); });
+  CHECK(notes.size() == 0);
+}
+
+TEST_CASE("lease: close revokes them all") {
+  Setup s;
+  std::vector<Lease> leases;
+  for (int i = 0; i < 100; ++i) leases.push_back(s.grant());
+  CHECK(s.etcd->leases().size() == 100);
+  s.c.close().value();
+  CHECK(s.etcd->leases().empty());
+  int held = 0;
+  for (auto& lease : leases) held += lease.held();
+  CHECK(held == 0);
+  for (const auto& again : {leases.front().keep_alive_once(), leases.back().keep_alive_once()}) {
+    REQUIRE_FALSE(again);
+    CHECK_MESSAGE(again.error().code == ErrorCode::Cancelled, text_of(again));
+  }
+}

@@ -1,0 +1,269 @@
+// Section 7, the views of sections 10 and 11: live copies that are never old in silence.
+#include <doctest/doctest.h>
+
+#include <set>
+
+#include "coordination.hpp"
+#include "support/memory_cluster.hpp"
+
+using namespace coordination;
+using namespace support;
+
+namespace {
+
+using Strings = std::vector<std::string>;
+
+struct Setup : Cluster {
+  Coordinator c{connect("one")}, d{connect("two")};
+
+  void add(const std::string& id, int port = 80) {
+    d.registry().register_service({id, "web", "h", port, {}, 60s}).value();
+  }
+  ServiceView view() { return c.registry().view("web").value(); }
+};
+
+Strings ids(const ServiceView& view) {
+  Strings result;
+  for (const auto& service : view.instances()) {
+    result.push_back(service.id + ":" + std::to_string(service.port));
+  }
+  return result;
+}
+
+bool come_to(const ServiceView& view, const Strings& expected) {
+  const bool there = eventually([&] { return ids(view) == expected; });
+  if (!there) CHECK(ids(view) == expected);  // says what it is instead
+  return there;
+}
+
+}  // namespace
+
+TEST_CASE("views: what is there at once, and every change") {
+  Setup s;
+  s.add("b");
+  s.add("a");
+  const auto view = s.view();
+  CHECK(ids(view) == Strings{"a:80", "b:80"});
+  CHECK(view.revision() == s.etcd->revision());
+  s.add("c", 1);
+  CHECK(come_to(view, {"a:80", "b:80", "c:1"}));
+  CHECK(view.revision() == s.etcd->revision());
+  s.add("c", 2);
+  CHECK(come_to(view, {"a:80", "b:80", "c:2"}));
+  s.d.registry().unregister("a").value();
+  CHECK(come_to(view, {"b:80", "c:2"}));
+  s.d.close().value();
+  CHECK(come_to(view, {}));
+}
+
+TEST_CASE("views: reading one asks nobody") {
+  Setup s;
+  s.add("a");
+  auto view = s.view();
+  CHECK(eventually([&] { return view.connected(); }));
+  s.tap->reset();
+  for (int i = 0; i < 100; ++i) {
+    CHECK(view.instances().size() == 1);
+    CHECK(view.pick().value().id == "a");
+  }
+  CHECK(s.tap->count() == 0);
+}
+
+TEST_CASE("views: pick") {
+  Setup s;
+  auto view = s.view();
+  const auto none = view.pick();
+  REQUIRE_FALSE(none);
+  CHECK(none.error().code == ErrorCode::NotFound);
+  for (const char* id : {"a", "b", "c"}) s.add(id);
+  CHECK(come_to(view, {"a:80", "b:80", "c:80"}));
+  std::map<std::string, int> counts;
+  for (int i = 0; i < 30; ++i) ++counts[view.pick().value().id];
+  CHECK(counts == std::map<std::string, int>{{"a", 10}, {"b", 10}, {"c", 10}});
+  std::set<std::string> seen;
+  for (int i = 0; i < 200; ++i) seen.insert(view.pick(ServiceView::Pick::Random).value().id);
+  CHECK(seen.size() == 3);
+}
+
+TEST_CASE("views: a record that cannot be read is left out") {
+  Setup s;
+  s.add("a");
+  s.d.client().put("/services/web/bad", "{").value();
+  const auto view = s.view();
+  CHECK(ids(view) == Strings{"a:80"});
+  s.d.client().put("/services/web/a", "not json any more").value();
+  CHECK(come_to(view, {}));
+}
+
+TEST_CASE("views: on_change") {
+  Setup s;
+  auto view = s.view();
+  std::atomic<int> calls{0}, seen{0};
+  view.on_change([&] {
+    seen = static_cast<int>(view.instances().size());
+    ++calls;
+  });
+  s.add("a");
+  CHECK(eventually([&] { return seen == 1; }));
+  for (int i = 0; i < 20; ++i) s.add("x" + std::to_string(i));
+  CHECK(eventually([&] { return seen == 21; }));
+  CHECK(calls <= 21);
+  std::atomic<int> others{0};
+  view.on_change([&] { ++others; });
+  const int before = calls;
+  s.add("b");
+  CHECK(eventually([&] { return others > 0; }));
+  CHECK(calls == before);
+}
+
+TEST_CASE("views: a handler may destroy its view, and none runs after the destructor") {
+  Setup s;
+  auto view = std::make_unique<ServiceView>(s.view());
+  std::atomic<bool> destroyed{false};
+  view->on_change([&] {
+    view.reset();
+    destroyed = true;
+  });
+  s.add("a");
+  CHECK(eventually([&] { return destroyed.load(); }));
+  auto calls = std::make_shared<std::atomic<int>>(0);
+  auto watcher = s.view();  // tells when the change has come
+  {
+    auto other = s.view();
+    other.on_change([calls] { ++*calls; });
+  }
+  s.add("b");
+  CHECK(come_to(watcher, {"a:80", "b:80"}));
+  CHECK(*calls == 0);
+}
+
+TEST_CASE("views: cut off, it says so; healed, it has caught up") {
+  Setup s;
+  s.add("a");
+  s.add("b");
+  const auto view = s.view();
+  CHECK(eventually([&] { return view.connected(); }));
+  CHECK(view.age() == 0ms);
+  s.cut_off("one");
+  CHECK(eventually([&] { return !view.connected(); }));
+  CHECK(eventually([&] { return view.age() > 0ms; }));
+  s.d.registry().unregister("a").value();
+  s.add("c");
+  CHECK(ids(view) == Strings{"a:80", "b:80"});
+  s.etcd->heal();
+  CHECK(come_to(view, {"b:80", "c:80"}));
+  CHECK(eventually([&] { return view.connected(); }));
+  CHECK(view.age() == 0ms);
+}
+
+TEST_CASE("views: resynchronised by difference after a compaction, or an etcd that is empty") {
+  Setup s;
+  s.add("a");
+  s.add("b");
+  const auto view = s.view();
+  CHECK(eventually([&] { return view.connected(); }));
+  s.cut_off("one");
+  s.d.registry().unregister("a").value();
+  s.add("b", 81);
+  s.add("c");
+  s.etcd->compact();
+  s.etcd->heal();
+  CHECK(come_to(view, {"b:81", "c:80"}));
+  s.d.close().value();
+  CHECK(come_to(view, {}));
+  s.etcd->restart_empty();
+  auto e = s.connect("three");
+  e.registry().register_service({"z", "web", "h", 9, {}, 60s}).value();
+  CHECK(come_to(view, {"z:9"}));
+}
+
+TEST_CASE("views: through cuts in the middle of lines nothing is lost") {
+  Setup s;
+  const auto view = s.view();
+  Strings expected;
+  for (int i = 0; i < 30; ++i) {
+    if (i % 3 == 0) s.etcd->cut_streams(true);
+    s.add(std::to_string(100 + i));
+    expected.push_back(std::to_string(100 + i) + ":80");
+  }
+  CHECK(come_to(view, expected));
+}
+
+TEST_CASE("views: of a configuration") {
+  Setup s;
+  auto& config = s.d.config();
+  config.set("app", 1).value();
+  config.set("app/a", "text").value();
+  config.set("app2", 3).value();
+  auto view = s.c.config().view("app").value();
+  CHECK(view.keys() == Strings{"app", "app/a"});
+  CHECK(view.get("app").value() == 1);
+  CHECK(view.get("app/a").value() == "text");
+  CHECK_FALSE(view.get("app2"));
+  CHECK(view.get("app/none").error().code == ErrorCode::NotFound);
+  std::atomic<int> calls{0};
+  view.on_change([&] { ++calls; });
+  config.set("app/a", {{"x", 1}}).value();
+  const auto revision = s.etcd->revision();
+  CHECK(eventually([&] { return calls > 0; }));
+  const auto entry = view.get_entry("app/a").value();
+  CHECK(entry.key == "app/a");
+  CHECK(entry.value == nlohmann::json{{"x", 1}});
+  CHECK(entry.revision == revision);
+  CHECK(view.revision() >= revision);
+  CHECK(config.compare_and_set("app/a", entry.revision, 5));
+  config.remove("app").value();
+  CHECK(eventually([&] { return view.keys() == Strings{"app/a"}; }));
+  CHECK(view.get("app/a").value() == 5);
+  const auto all = s.c.config().view("").value();
+  CHECK(all.keys() == Strings{"app/a", "app2"});
+}
+
+TEST_CASE("views: many readers while it changes") {
+  Setup s;
+  auto view = s.view();
+  std::atomic<bool> stop{false};
+  std::atomic<int> torn{0};
+  {
+    std::vector<Joined> readers;
+    for (int t = 0; t < 3; ++t) {
+      readers.emplace_back([&] {
+        std::int64_t last = 0;
+        while (!stop) {
+          const auto revision = view.revision();
+          if (revision < last) ++torn;
+          last = revision;
+          // b is always registered after a, and goes before it.
+          bool a = false, b = false;
+          for (const auto& service : view.instances()) (service.id == "a" ? a : b) = true;
+          if (b && !a) ++torn;
+          static_cast<void>(view.pick());
+        }
+      });
+    }
+    for (int i = 0; i < scaled(100); ++i) {
+      s.add("a");
+      s.add("b");
+      s.d.registry().unregister("b").value();
+      s.d.registry().unregister("a").value();
+    }
+    stop = true;
+  }
+  CHECK(torn == 0);
+  CHECK(come_to(view, {}));
+}
+
+TEST_CASE("views: after close they are not connected, and do no harm") {
+  Setup s;
+  s.add("a");
+  auto services = s.view();
+  auto config = s.c.config().view("").value();
+  s.c.close().value();
+  CHECK_FALSE(services.connected());
+  CHECK_FALSE(config.connected());
+  CHECK(services.instances().size() == 1);
+  CHECK(config.keys().empty());
+  auto moved = std::move(services);
+  moved = s.d.registry().view("web").value();
+  CHECK(moved.instances().size() == 1);
+}

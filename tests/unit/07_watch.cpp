@@ -1,0 +1,551 @@
+// Watches on a gateway that does what the test says: what a live etcd does too seldom to be tested.
+#include <doctest/doctest.h>
+
+#include <thread>
+
+#include "support/live.hpp"
+#include "support/watch_support.hpp"
+
+using namespace coordination;
+using namespace support;
+
+namespace {
+
+// A Coordinator on a gateway whose store is at revision 10.
+struct Fixture {
+  std::shared_ptr<FakeGateway> gateway{std::make_shared<FakeGateway>()};
+  LogKeeper log;
+  std::optional<Coordinator> coordinator;
+
+  explicit Fixture(std::vector<std::string> endpoints = {"127.0.0.1:1"},
+                   const std::string& username = "") {
+    gateway->set_range(10);
+    CoordinatorOptions options;
+    options.endpoints = std::move(endpoints);
+    options.transport = gateway;
+    options.username = username;
+    options.logger = log.logger();
+    coordinator.emplace(connect(std::move(options)));
+  }
+  ~Fixture() { coordinator->close().value(); }
+
+  Client& client() { return coordinator->client(); }
+  Watch<WatchEvent> watch(const std::string& key) { return client().watch(key).value(); }
+  Watch<WatchEvent> watch_from(const std::string& key, std::int64_t revision) {
+    WatchRequest request;
+    request.key = key;
+    request.start_revision = revision;
+    return client().watch(request).value();
+  }
+  /// The next stream, its watches confirmed at `revision`.
+  FakeStreamPtr confirmed(std::int64_t revision = 10) {
+    auto stream = gateway->next_stream();
+    REQUIRE(stream);
+    stream->send(created_lines(*stream, revision));
+    return stream;
+  }
+};
+
+Result<WatchEvent> next_of(Watch<WatchEvent>& watch, milliseconds limit = 5s) {
+  return watch.next(Context::with_timeout(lenient(limit)));
+}
+/// Of the next so many events: "11 12 15", and why it is fewer.
+std::string revisions(Watch<WatchEvent>& watch, int count) {
+  std::string list;
+  for (int i = 0; i < count; ++i) {
+    auto event = next_of(watch);
+    if (!list.empty()) list += ' ';
+    if (!event) return list + to_string(event.error());
+    list += std::to_string(event->revision);
+  }
+  return list;
+}
+/// No event is there, nor comes soon.
+bool silent(Watch<WatchEvent>& watch) {
+  const auto event = watch.next(Context::with_timeout(100ms));
+  return !event && event.error().code == ErrorCode::Timeout;
+}
+std::string starts(const FakeStream& stream) {
+  std::string list;
+  for (const auto& create : stream.creates) {
+    list += (list.empty() ? "" : " ") + std::to_string(create.start_revision);
+  }
+  return list;
+}
+
+}  // namespace
+
+TEST_CASE_FIXTURE(Fixture, "watch: what is sent to etcd") {
+  auto first = watch("a");
+  const auto stream = confirmed();
+  REQUIRE(stream->creates.size() == 1);
+  const auto& create = stream->creates[0];
+  CHECK(create.id >= 1);
+  CHECK(create.key == base64("a"));
+  CHECK(create.start_revision == 11);  // after the revision that a read has told
+  CHECK(create.progress_notify);
+  CHECK(stream->headers["Connection"] == "close");
+  CHECK(stream->headers["Grpc-Metadata-hasleader"] == "true");
+}
+
+// A watch that comes back asks for the last revision that it has: what etcd does not have any more
+// may begin with the next one (etcd discards a delete at the revision of a compaction).
+
+TEST_CASE_FIXTURE(Fixture, "watch: goes on after the last event, never after what `created` says") {
+  auto events = watch("k");
+  auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+
+  SUBCASE("no event yet: the same start again") {
+    stream->reset();
+    stream = gateway->next_stream();
+    REQUIRE(stream);
+    CHECK(starts(*stream) == "10");
+    stream->send(created_lines(*stream, 50));
+    REQUIRE(stream->drained());
+    stream->end();
+    stream = gateway->next_stream();
+    REQUIRE(stream);
+    CHECK(starts(*stream) == "10");
+  }
+  SUBCASE("after events: the last of them") {
+    stream->send(event_line(stream->creates[0].id, puts_at({12, 15, 19})));
+    CHECK(revisions(events, 3) == "12 15 19");
+    stream->reset();
+    stream = gateway->next_stream();
+    REQUIRE(stream);
+    CHECK(starts(*stream) == "19");
+  }
+  SUBCASE("after progress") {
+    stream->send(progress_line(stream->creates[0].id, 30));
+    REQUIRE(stream->drained());
+    stream->reset();
+    stream = gateway->next_stream();
+    REQUIRE(stream);
+    CHECK(starts(*stream) == "30");
+  }
+  SUBCASE("progress that is older than an event, or of no watch, moves nothing") {
+    stream->send(event_line(stream->creates[0].id, puts_at({40})));
+    stream->send(progress_line(stream->creates[0].id, 35));
+    stream->send(progress_line(-1, 90));
+    REQUIRE(stream->drained());
+    stream->reset();
+    stream = gateway->next_stream();
+    REQUIRE(stream);
+    CHECK(starts(*stream) == "40");
+  }
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a start that the caller chose is kept until an event comes") {
+  auto events = watch_from("k", 3);
+  auto stream = confirmed(10);
+  CHECK(starts(*stream) == "3");
+  REQUIRE(stream->drained());
+  stream->end();
+  stream = confirmed(10);
+  CHECK(starts(*stream) == "3");
+  stream->send(event_line(stream->creates[0].id, puts_at({5})));
+  CHECK(revisions(events, 1) == "5");
+  stream->end();
+  CHECK(starts(*confirmed(10)) == "5");
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: what was delivered already is dropped") {
+  auto events = watch("k");
+  const auto stream = confirmed(10);
+  const auto id = stream->creates[0].id;
+  stream->send(event_line(id, puts_at({11, 12})));
+  stream->send(event_line(id, puts_at({11, 12, 13})));
+  stream->send(event_line(id, puts_at({9})));
+  stream->send(event_line(id, puts_at({14})));
+  CHECK(revisions(events, 4) == "11 12 13 14");
+  CHECK(silent(events));
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: all events of a transaction are delivered, none is half done") {
+  auto events = watch("k");
+  const auto stream = confirmed(10);
+  std::vector<Change> changes{
+      put_at(11, "k1"), put_at(11, "k2"), {false, "k3", "", 11}, put_at(12, "k1")};
+  stream->send(event_line(stream->creates[0].id, changes));
+  for (const auto& change : changes) {
+    auto event = next_of(events);
+    REQUIRE(event);
+    CHECK(change_of(*event) == change);
+  }
+  stream->reset();
+  CHECK(starts(*gateway->next_stream()) == "12");
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: lines come in any pieces") {
+  auto events = watch("k");
+  auto stream = confirmed(10);
+  const auto id = stream->creates[0].id;
+
+  SUBCASE("byte by byte, several at once, the newline alone") {
+    for (const char byte : event_line(id, puts_at({11}))) stream->send(std::string(1, byte));
+    stream->send(event_line(id, puts_at({12})) + event_line(id, puts_at({13})));
+    auto line = event_line(id, puts_at({14}));
+    line.pop_back();
+    stream->send(line);
+    stream->send("\n");
+    CHECK(revisions(events, 4) == "11 12 13 14");
+  }
+  SUBCASE("eight megabytes") {
+    const std::string big(6'000'000, 'x');
+    const auto line = event_line(id, {{true, "k", big, 11}});
+    for (std::size_t at = 0; at < line.size(); at += 16384) stream->send(line.substr(at, 16384));
+    const auto event = next_of(events);
+    REQUIRE(event);
+    CHECK(event->kv.value == big);
+  }
+  SUBCASE("half a line at the end is not an event") {
+    const auto line = event_line(id, puts_at({11, 12}));
+    stream->send(line.substr(0, line.size() - 20));
+    stream->reset();
+    stream = confirmed(12);
+    CHECK(starts(*stream) == "10");
+    stream->send(event_line(id, puts_at({11, 12})));
+    CHECK(revisions(events, 2) == "11 12");
+    CHECK(silent(events));
+  }
+  SUBCASE("a last line without its newline") {
+    auto line = event_line(id, puts_at({11}));
+    line.pop_back();
+    stream->send(line);
+    stream->end();
+    CHECK(revisions(events, 1) == "11");
+    CHECK(starts(*gateway->next_stream()) == "11");
+  }
+}
+
+TEST_CASE("watch: an error line and a silent end go to the next member") {
+  Fixture f({"127.0.0.1:1", "127.0.0.1:2"});
+  auto events = f.watch("k");
+  auto stream = f.confirmed();
+  const auto first = stream->endpoint;
+
+  SUBCASE("as etcd 3.5 writes it") {
+    stream->send("{\"error\":{\"code\":14,\"message\":\"etcdserver: no leader\"}}\n");
+  }
+  SUBCASE("as etcd 3.4 does, without a newline") {
+    stream->send(R"({"error":{"grpc_code":14,"http_code":503,"message":"etcdserver: no leader",)"
+                 R"("http_status":"Service Unavailable"}})");
+    stream->end();
+  }
+  SUBCASE("reset") { stream->reset(); }
+
+  stream = f.gateway->next_stream();
+  REQUIRE(stream);
+  CHECK(stream->endpoint != first);
+  CHECK(starts(*stream) == "10");
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: streams that fail at once are tried again, but not in a loop") {
+  auto events = watch("k");
+  const auto until = std::chrono::steady_clock::now() + 1s;
+  int streams = 0;
+  while (std::chrono::steady_clock::now() < until) {
+    if (const auto stream = gateway->next_stream(50ms)) {
+      ++streams;
+      stream->reset();
+    }
+  }
+  CHECK(streams >= 3);
+  CHECK(streams <= 15);
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a merge loses and repeats nothing while both streams deliver") {
+  auto a = watch("a");
+  const auto old = confirmed(10);
+  const auto id = old->creates[0].id;
+  REQUIRE(old->drained());
+  old->send(event_line(id, puts_at({11}, "a")));
+  CHECK(revisions(a, 1) == "11");
+
+  auto b = watch("b");
+  gateway->set_range(100);
+  const auto merged = gateway->next_stream();
+  REQUIRE(merged);
+  REQUIRE(merged->creates.size() == 2);
+  CHECK(starts(*merged) == "11 12");  // each from its own next revision
+
+  SUBCASE("the new stream takes over only when it has confirmed everything") {
+    old->send(event_line(id, puts_at({12}, "a")));
+    CHECK(revisions(a, 1) == "12");
+    merged->send(created_line(merged->creates[0].id, 12));
+    CHECK_FALSE(old->left(300ms));
+    merged->send(created_line(merged->creates[1].id, 12));
+    merged->send(event_line(id, puts_at({12, 13}, "a")));
+    old->send(event_line(id, puts_at({13, 14}, "a")));
+    CHECK(old->left());
+    merged->send(event_line(id, puts_at({14, 15}, "a")));
+    CHECK(revisions(a, 3) == "13 14 15");
+    CHECK(silent(a));
+    CHECK(silent(b));
+  }
+  SUBCASE("a new stream that fails leaves the old one alone") {
+    merged->send(created_line(merged->creates[0].id, 12));
+    merged->reset();
+    old->send(event_line(id, puts_at({12}, "a")));
+    CHECK(revisions(a, 1) == "12");
+    const auto again = confirmed(12);
+    std::int64_t b_id = again->creates.size() == 2 ? again->creates[0].id : 0;
+    for (const auto& create : again->creates) {
+      if (create.key == base64("b")) b_id = create.id;
+    }
+    again->send(event_line(b_id, puts_at({13}, "b")));
+    CHECK(revisions(b, 1) == "13");
+    CHECK(silent(a));
+  }
+  SUBCASE("the old one dies before the new one has confirmed") {
+    old->reset();
+    merged->send(created_lines(*merged, 12));
+    merged->send(event_line(id, puts_at({12}, "a")));
+    CHECK(revisions(a, 1) == "12");
+  }
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: etcd refuses one of three, in the order of asking") {
+  // Nothing else can be opened while this stream is being confirmed: they come in one.
+  std::vector<Watch<WatchEvent>> watches;
+  for (const char* key : {"a", "b", "c"}) watches.push_back(watch(key));
+  std::map<std::string, FakeStreamPtr> at;
+  while (at.size() < 3) {
+    auto stream = gateway->next_stream();
+    REQUIRE(stream);
+    std::string lines;
+    for (const auto& create : stream->creates) {
+      at[create.key] = stream;
+      const bool refuse = create.key == base64("b");
+      lines += refuse ? refused_line(
+                            "rpc error: code = PermissionDenied desc = "
+                            "etcdserver: permission denied")
+                      : created_line(create.id, 10);
+    }
+    stream->send(lines);
+  }
+  const auto refused = next_of(watches[1]);
+  REQUIRE_FALSE(refused);
+  CHECK(refused.error().code == ErrorCode::PermissionDenied);
+  for (const std::size_t i : {std::size_t{0}, std::size_t{2}}) {
+    const std::string key = i == 0 ? "a" : "c";
+    const auto stream = at[base64(key)];
+    for (const auto& create : stream->creates) {
+      if (create.key == base64(key)) stream->send(event_line(create.id, puts_at({11}, key)));
+    }
+    CHECK(revisions(watches[i], 1) == "11");
+  }
+}
+
+TEST_CASE("watch: a dead token is replaced once, and the watch goes on") {
+  Fixture f({"127.0.0.1:1"}, "user");
+  auto events = f.watch("k");
+  auto stream = f.confirmed();
+  const auto token = stream->headers["Authorization"];
+  REQUIRE(stream->drained());
+  stream->send(event_line(stream->creates[0].id, puts_at({11})));
+  CHECK(revisions(events, 1) == "11");
+  const int logins = f.gateway->logins();
+
+  SUBCASE("the creation is refused") {
+    stream->reset();
+    stream = f.gateway->next_stream();
+    REQUIRE(stream);
+    stream->send(
+        refused_line("rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"));
+  }
+  SUBCASE("the stream ends with it") {
+    stream->send("{\"error\":{\"code\":16,\"message\":\"etcdserver: invalid auth token\"}}\n");
+  }
+  stream = f.gateway->next_stream();
+  REQUIRE(stream);
+  CHECK(stream->headers["Authorization"] != token);
+  CHECK(f.gateway->logins() == logins + 1);
+  CHECK(starts(*stream) == "11");
+  stream->send(created_lines(*stream, 11));
+  stream->send(event_line(stream->creates[0].id, puts_at({12})));
+  CHECK(revisions(events, 1) == "12");
+}
+
+TEST_CASE("watch: a token that is refused twice ends the watch, and is no loop") {
+  Fixture f({"127.0.0.1:1"}, "user");
+  auto events = f.watch("k");
+  for (int i = 0; i < 2; ++i) {
+    const auto stream = f.gateway->next_stream();
+    REQUIRE(stream);
+    stream->send(
+        refused_line("rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"));
+  }
+  const auto end = next_of(events);
+  REQUIRE_FALSE(end);
+  CHECK(end.error().code == ErrorCode::PermissionDenied);
+  CHECK_FALSE(f.gateway->next_stream(300ms));
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a full queue rests and goes on from where it stopped") {
+  WatchRequest request;
+  request.key = "k";
+  request.queue_size = 4;
+  auto events = client().watch(request).value();
+  auto other = watch("other");
+  // Both on one stream: the slow one must not end it.
+  FakeStreamPtr stream;
+  while (!stream || stream->creates.size() < 2) {
+    stream = confirmed(10);
+    REQUIRE(stream->drained());
+  }
+  std::int64_t id = 0, other_id = 0;
+  for (const auto& create : stream->creates)
+    (create.key == base64("k") ? id : other_id) = create.id;
+
+  stream->send(event_line(id, puts_at({11, 12, 13, 14, 15, 16})));
+  stream->send(event_line(id, puts_at({17})));
+  stream->send(event_line(other_id, puts_at({18}, "other")));
+  CHECK(revisions(other, 1) == "18");
+  CHECK_FALSE(gateway->next_stream(200ms));  // it rests
+  CHECK(revisions(events, 4) == "11 12 13 14");
+
+  const auto again = gateway->next_stream();
+  REQUIRE(again);
+  std::optional<std::int64_t> start;
+  for (const auto& create : again->creates) {
+    if (create.id == id) start = create.start_revision;
+  }
+  CHECK(start == 14);
+  again->send(created_lines(*again, 18));
+  again->send(event_line(id, puts_at({15, 16, 17})));
+  CHECK(revisions(events, 3) == "15 16 17");
+  CHECK(silent(events));
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: what comes after cancel() is nobody's, and the stream ends") {
+  auto events = watch("k");
+  const auto stream = confirmed();
+  REQUIRE(stream->drained());
+  events.cancel();
+  CHECK(stream->left());
+  const auto end = next_of(events);
+  REQUIRE_FALSE(end);
+  CHECK(end.error().code == ErrorCode::Cancelled);
+  CHECK_FALSE(gateway->next_stream(200ms));
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: compaction ends a raw watch, after what had come before") {
+  auto events = watch("k");
+  const auto stream = confirmed(10);
+  const auto id = stream->creates[0].id;
+  stream->send(event_line(id, puts_at({11})));
+  stream->send(compacted_line(id, 40));
+  CHECK(revisions(events, 1) == "11");
+  const auto end = next_of(events);
+  REQUIRE_FALSE(end);
+  CHECK(end.error().code == ErrorCode::Compacted);
+  CHECK(end.error().revision == 41);  // complete from here on
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a merge after a compaction does not end an idle watch") {
+  // The old stream has it all; only the new one cannot go back so far.
+  auto idle = watch("idle");
+  const auto old = confirmed(10);
+  REQUIRE(old->drained());
+  auto other = watch("other");
+  const auto merged = gateway->next_stream();
+  REQUIRE(merged);
+  std::int64_t id = old->creates[0].id;
+  merged->send(created_lines(*merged, 50));
+  merged->send(compacted_line(id, 40));
+  REQUIRE(merged->drained());
+  old->send(event_line(id, puts_at({51}, "idle")));
+  CHECK(revisions(idle, 1) == "51");
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: new events during the look at an old history end nothing") {
+  auto events = watch("k");
+  auto stream = confirmed(10);
+  stream->send(event_line(stream->creates[0].id, puts_at({20})));
+  CHECK(revisions(events, 1) == "20");
+  stream->reset();
+  stream = gateway->next_stream();
+  REQUIRE(stream);
+  const auto id = stream->creates[0].id;
+  // A member that is behind says 15. While the question how far the cluster is (30) is on its
+  // way, it catches up.
+  std::atomic<bool> asked{false};
+  gateway->on_read([&, stream] {
+    if (!asked.exchange(true)) {
+      stream->send(event_line(id, puts_at({29, 31, 32})));
+      stream->drained();
+    }
+    return FakeGateway::range_answer(30);
+  });
+  stream->send(created_lines(*stream, 15));
+  CHECK(revisions(events, 3) == "29 31 32");
+  CHECK(wait_until([&] { return asked.load(); }, 2s));
+  CHECK(silent(events));
+  stream->send(event_line(id, puts_at({33})));
+  CHECK(revisions(events, 1) == "33");
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a store that was wiped is Compacted for a raw watch") {
+  auto events = watch("k");
+  auto stream = confirmed(10);
+  stream->send(event_line(stream->creates[0].id, puts_at({20})));
+  CHECK(revisions(events, 1) == "20");
+  gateway->set_range(3);
+  stream->reset();
+  stream = confirmed(3);
+  const auto end = next_of(events);
+  REQUIRE_FALSE(end);
+  CHECK(end.error().code == ErrorCode::Compacted);
+}
+
+TEST_CASE_FIXTURE(Fixture, "view: a wiped store with the same revisions and other values") {
+  const std::string key = "/config/app/k";
+  gateway->set_range(10, nlohmann::json::array({kv_json(key, "old", 10)}));
+  auto view = coordinator->config().view("app").value();
+  Changes changes;
+  auto watch = coordinator->config()
+                   .watch_prefix("app", [&](const ConfigEvent& e) { changes.add(change_of(e)); })
+                   .value();
+  CHECK(view.get("app/k").value() == "old");
+  auto stream = confirmed(10);
+  if (stream->creates.size() < 2) stream = confirmed(10);
+  REQUIRE(stream->drained());
+  REQUIRE(wait_until([&] { return view.connected(); }, 5s));
+
+  // The new store says 3, and is at 10 again when it is read.
+  std::atomic<int> reads{0};
+  gateway->on_read([&] {
+    if (reads++ == 0) return FakeGateway::range_answer(3);
+    return FakeGateway::range_answer(10, nlohmann::json::array({kv_json(key, "new", 10)}));
+  });
+  stream->reset();
+  stream = confirmed(3);
+  CHECK(wait_until([&] { return view.get("app/k").value() == "new"; }, lenient(3s)));
+  CHECK(changes.reaches(1, 3s));
+  for (const auto& change : changes.all()) CHECK(change == Change{true, "app/k", "\"new\"", 10});
+}
+
+TEST_CASE_FIXTURE(Fixture, "view: connected again as soon as a silent member is heard of [slow]") {
+  auto view = coordinator->config().view("app").value();
+  const auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+  REQUIRE(wait_until([&] { return view.connected(); }, 5s));
+  gateway->on_read([] {
+    return Error{ErrorCode::Timeout, "frozen", "", Outcome::MaybeApplied, 0};
+  });
+  REQUIRE(wait_until([&] { return !view.connected(); }, 15s));
+  CHECK(view.age() >= 4s);
+  gateway->set_range(10);
+  // It is never silent again for long enough to be asked.
+  const auto id = stream->creates[0].id;
+  std::int64_t revision = 10;
+  CHECK(wait_until(
+      [&] {
+        stream->send(event_line(id, puts_at({++revision}, "/config/app/k")));
+        stream->drained();
+        return view.connected();
+      },
+      3s));
+}

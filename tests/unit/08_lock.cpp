@@ -1,0 +1,709 @@
+// Section 8: locks, shared locks and semaphores, on an etcd in memory whose time the tests move.
+#include <doctest/doctest.h>
+
+#include <deque>
+#include <random>
+
+#include "coordination.hpp"
+#include "support/memory_cluster.hpp"
+
+using namespace coordination;
+using namespace support;
+
+namespace {
+
+constexpr const char* kTxn = "/v3/kv/txn";
+
+
+struct Setup : Cluster {
+  Coordinator c{connect("one")}, d{connect("two")};
+
+  Lock acquire(const std::string& key = "a", milliseconds ttl = 9s) {
+    return c.lock().acquire(key, ttl).value();
+  }
+  bool nothing_left() const { return etcd->keys().empty() && etcd->leases().empty(); }
+};
+
+std::string hex(std::int64_t number) {
+  char text[20];
+  std::snprintf(text, sizeof(text), "%llx", static_cast<unsigned long long>(number));
+  return text;
+}
+
+template <class T>
+void check_code(const Result<T>& result, ErrorCode code) {
+  CHECK_FALSE(result);
+  if (result) return;
+  INFO(text_of(result));
+  CHECK(std::string(to_string(result.error().code)) == to_string(code));
+}
+
+/// Somebody who waits for a lock in a thread of his own.
+class Waiter {
+ public:
+  using Acquire = std::function<Result<Lock>(Context)>;
+  explicit Waiter(Acquire acquire)
+      : thread_([this, acquire = std::move(acquire)] {
+          result_ = std::make_unique<Result<Lock>>(acquire(ctx_));
+          done_ = true;
+        }) {}
+  ~Waiter() {
+    ctx_.cancel();
+    thread_.join();
+  }
+  bool done() const { return done_; }
+  bool wins() {
+    return eventually([this] { return done(); }) && result_->has_value() && (*result_)->held();
+  }
+  Lock& lock() { return **result_; }
+  const Result<Lock>& result() const { return *result_; }
+  void cancel() { ctx_.cancel(); }
+
+ private:
+  Context ctx_;
+  std::atomic<bool> done_{false};
+  std::unique_ptr<Result<Lock>> result_;
+  Joined thread_;
+};
+
+Waiter::Acquire exclusive(Coordinator& c, const std::string& key = "a", milliseconds ttl = 9s) {
+  return [&c, key, ttl](Context ctx) { return c.lock().acquire(key, ttl, ctx); };
+}
+Waiter::Acquire shared(Coordinator& c, const std::string& key = "a") {
+  return [&c, key](Context ctx) { return c.lock().acquire_shared(key, 9s, ctx); };
+}
+Waiter::Acquire permit(Coordinator& c, int permits, const std::string& key = "a") {
+  return [&c, key, permits](Context ctx) { return c.lock().semaphore(key, permits).acquire(9s, ctx); };
+}
+
+bool queued(const Setup& s, std::size_t keys) {
+  return eventually([&] { return s.etcd->keys().size() == keys; });
+}
+
+}  // namespace
+
+TEST_CASE("lock: its key, its lease, its token") {
+  Setup s;
+  const auto before = s.etcd->revision();
+  auto lock = s.acquire("jobs/nightly");
+  REQUIRE(s.etcd->leases().size() == 1);
+  CHECK(lock.key() == "/locks/jobs/nightly/" + hex(s.etcd->leases().front()));
+  CHECK(s.etcd->keys() == std::vector<std::string>{lock.key()});
+  CHECK(lock.fencing_token() == before + 1);
+  CHECK(lock.held());
+  CHECK(lock.ttl().value() == 9s);
+  const auto kv = s.c.client().get(lock.key()).value();
+  CHECK(kv.create_revision == lock.fencing_token());
+  CHECK(kv.lease == s.etcd->leases().front());
+  CHECK(kv.value.empty());
+  CHECK(lock.unlock());
+  CHECK_FALSE(lock.held());
+  CHECK(s.etcd->keys().empty());
+}
+
+TEST_CASE("lock: under the key prefix") {
+  Setup s;
+  auto options = s.options();
+  options.key_prefix = "/tenants/a";
+  auto c = connect_to(options);
+  const auto lock = c.lock().acquire("x", 9s).value();
+  CHECK(lock.key().compare(0, 19, "/tenants/a/locks/x/") == 0);
+  CHECK(s.etcd->keys() == std::vector<std::string>{lock.key()});
+}
+
+TEST_CASE("lock: one holder; the other is told Conflict, and leaves nothing") {
+  Setup s;
+  auto lock = s.acquire();
+  const auto keys = s.etcd->keys();
+  check_code(s.d.lock().try_acquire("a", 9s), ErrorCode::Conflict);
+  check_code(s.c.lock().try_acquire("a", 9s), ErrorCode::Conflict);
+  CHECK(s.etcd->keys() == keys);
+  auto other = s.d.lock().try_acquire("b", 9s);
+  CHECK(other);
+  CHECK(lock.unlock());
+  auto again = s.d.lock().try_acquire("a", 9s);
+  REQUIRE_MESSAGE(again, text_of(again));
+  CHECK(again->fencing_token() > lock.fencing_token());
+}
+
+TEST_CASE("lock: keys that begin alike are different locks") {
+  Setup s;
+  const auto a = s.acquire("a"), ab = s.acquire("a/b"), aa = s.acquire("aa");
+  CHECK(a.held());
+  CHECK(ab.held());
+  CHECK(aa.held());
+}
+
+TEST_CASE("lock: unlocked twice, and moved") {
+  Setup s;
+  auto lock = s.acquire();
+  CHECK(lock.unlock());
+  check_code(lock.unlock(), ErrorCode::Validation);
+  check_code(lock.renew(9s), ErrorCode::Validation);
+  check_code(lock.ttl(), ErrorCode::Validation);
+  check_code(lock.put("k", "v"), ErrorCode::Validation);
+  auto one = s.acquire("one"), two = s.acquire("two");
+  const auto key = two.key();
+  one = std::move(two);
+  CHECK(one.key() == key);
+  CHECK(one.held());
+  CHECK(eventually([&] { return s.etcd->keys() == std::vector<std::string>{key}; }));
+}
+
+TEST_CASE("lock: the destructor unlocks") {
+  Setup s;
+  { const auto lock = s.acquire(); }
+  CHECK(s.etcd->keys().empty());
+  CHECK(s.d.lock().try_acquire("a", 9s));
+}
+
+TEST_CASE("lock: an uncontended lock and unlock are two requests in a loop") {
+  Setup s;
+  s.acquire().unlock().value();
+  s.tap->reset();
+  for (int i = 0; i < 50; ++i) s.acquire().unlock().value();
+  for (int i = 0; i < 50; ++i) s.c.lock().try_acquire("b", 9s).value().unlock().value();
+  CHECK(s.tap->count() == 200);
+  CHECK(s.tap->count(kTxn) == 200);
+  CHECK(s.etcd->leases().size() == 1);
+}
+
+TEST_CASE("lock: a kept lease is not used once it is old or gone") {
+  Setup s;
+  s.acquire().unlock().value();
+  s.etcd->expire_lease(s.etcd->leases().front());
+  auto lock = s.acquire();
+  CHECK(lock.held());
+  CHECK(s.etcd->leases().size() == 1);
+  CHECK(s.c.client().get(lock.key()).value().lease == s.etcd->leases().front());
+  lock.unlock().value();
+  s.etcd->expire_lease(s.etcd->leases().front());
+  auto tried = s.c.lock().try_acquire("a", 9s);
+  REQUIRE_MESSAGE(tried, text_of(tried));
+  CHECK(tried->held());
+}
+
+TEST_CASE("lock: a lease that nobody takes again is given back") {
+  Setup s;
+  s.acquire("a", 6s).unlock().value();
+  CHECK(s.etcd->leases().size() == 1);
+  for (int i = 0; i < 10; ++i) {
+    const int before = s.tap->finished("/v3/lease/keepalive");
+    s.etcd->advance(2500ms);
+    wait_until([&] { return s.tap->finished("/v3/lease/keepalive") > before; }, 20ms);
+  }
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("lock: first come, first served") {
+  Setup s;
+  auto lock = std::make_unique<Lock>(s.acquire());
+  std::deque<Waiter> waiters;
+  for (std::size_t i = 0; i < 6; ++i) {
+    waiters.emplace_back(exclusive(i % 2 == 0 ? s.d : s.c));
+    REQUIRE(queued(s, i + 2));
+  }
+  CHECK(lock->unlock());
+  std::int64_t token = lock->fencing_token();
+  for (std::size_t i = 0; i < waiters.size(); ++i) {
+    REQUIRE(waiters[i].wins());
+    CHECK(waiters[i].lock().fencing_token() > token);
+    token = waiters[i].lock().fencing_token();
+    for (std::size_t k = i + 1; k < waiters.size(); ++k) CHECK_FALSE(waiters[k].done());
+    CHECK(waiters[i].lock().unlock());
+  }
+  CHECK(s.etcd->keys().empty());
+}
+
+TEST_CASE("lock: who gives up waiting leaves nothing, and lets the others pass") {
+  Setup s;
+  auto lock = s.acquire();
+  const Stopwatch watch;
+  check_code(s.d.lock().acquire("a", 9s, Context::with_timeout(30ms)), ErrorCode::Timeout);
+  CHECK(watch.elapsed() < lenient(130ms));
+  CHECK(queued(s, 1));
+  Waiter first(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  Waiter second(exclusive(s.d));
+  REQUIRE(queued(s, 3));
+  Stopwatch since_cancel;
+  first.cancel();
+  CHECK(eventually([&] { return first.done(); }));
+  CHECK(since_cancel.elapsed() < lenient(100ms));
+  check_code(first.result(), ErrorCode::Cancelled);
+  CHECK(queued(s, 2));
+  CHECK_FALSE(second.done());
+  lock.unlock().value();
+  CHECK(second.wins());
+  second.lock().unlock().value();
+  const Context over;
+  over.cancel();
+  s.tap->reset();
+  check_code(s.c.lock().acquire("a", 9s, over), ErrorCode::Cancelled);
+  check_code(s.c.lock().try_acquire("a", 9s, Context::with_timeout(0ms)), ErrorCode::Timeout);
+  CHECK(s.tap->count() == 0);
+}
+
+TEST_CASE("lock: the next one has it when the holder's lease runs out") {
+  Setup s;
+  Notes notes;
+  auto lock = s.acquire();
+  lock.on_lost(notes.on_lost());
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  s.cut_off("one");
+  s.etcd->advance(4s);  // the waiter renews his lease
+  CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > 0; }));
+  s.etcd->advance(4s);
+  CHECK(lock.held());
+  CHECK_FALSE(waiter.done());
+  s.etcd->advance(1s);
+  CHECK_FALSE(lock.held());
+  CHECK(waiter.wins());
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  CHECK(notes.lines() == std::vector<std::string>{"LOST"});
+  check_code(lock.unlock(), ErrorCode::Lost);
+}
+
+TEST_CASE("lock: one who waits for longer than his TTL keeps his place") {
+  Setup s;
+  auto lock = s.acquire();
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  for (int i = 0; i < 8; ++i) {
+    const int before = s.tap->finished("/v3/lease/keepalive");
+    s.etcd->advance(3100ms);
+    CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") >= before + 2; }));
+  }
+  CHECK(lock.held());
+  CHECK(s.etcd->keys().size() == 2);
+  lock.unlock().value();
+  CHECK(waiter.wins());
+}
+
+TEST_CASE("lock: one whose lease dies while he waits queues again") {
+  Setup s;
+  auto lock = s.acquire();
+  const auto holder = s.etcd->leases().front();
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  for (const auto lease : s.etcd->leases()) {
+    if (lease != holder) s.etcd->expire_lease(lease);
+  }
+  CHECK(queued(s, 2));
+  CHECK_FALSE(waiter.done());
+  lock.unlock().value();
+  CHECK(waiter.wins());
+  CHECK(s.d.client().get(waiter.lock().key()));
+}
+
+TEST_CASE("lock: in one queue with contenders of another kind") {
+  Setup s;
+  // As `etcdctl lock /locks/a` does it.
+  PutRequest put;
+  put.key = "/locks/a/694d5765fc71500b";
+  auto lease = s.d.client().grant(60s).value();
+  put.lease = lease.id();
+  s.d.client().put(put).value();
+  check_code(s.c.lock().try_acquire("a", 9s), ErrorCode::Conflict);
+  Waiter waiter(exclusive(s.c));
+  REQUIRE(queued(s, 2));
+  CHECK_FALSE(waiter.done());
+  lease.revoke().value();
+  CHECK(waiter.wins());
+}
+
+TEST_CASE("lock: lost when somebody deletes its key") {
+  Setup s;
+  Notes notes;
+  auto lock = s.acquire();
+  lock.on_lost(notes.on_lost());
+  lock.on_lost(notes.on_lost());
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  s.d.client().remove(lock.key()).value();
+  CHECK(eventually([&] { return !lock.held(); }));
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  check_code(lock.unlock(), ErrorCode::Lost);
+  check_code(lock.unlock(), ErrorCode::Validation);
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+  CHECK(notes.size() == 1);
+}
+
+TEST_CASE("lock: lost before it is watched: unlock says so, and deletes nobody else's") {
+  Setup s;
+  auto lock = s.acquire();
+  s.d.client().remove(lock.key()).value();
+  auto other = s.d.lock().try_acquire("a", 9s);
+  REQUIRE_MESSAGE(other, text_of(other));
+  check_code(lock.unlock(), ErrorCode::Lost);
+  CHECK(s.etcd->keys() == std::vector<std::string>{other->key()});
+  CHECK(other->held());
+  CHECK(other->unlock());
+}
+
+TEST_CASE("lock: a key that somebody deletes and makes again is not ours") {
+  Setup s;
+  auto lock = s.acquire();
+  s.d.client().remove(lock.key()).value();
+  s.d.client().put(lock.key(), "imposter").value();
+  check_code(lock.put("k", "v"), ErrorCode::Lost);
+  check_code(lock.unlock(), ErrorCode::Lost);
+  CHECK(s.etcd->keys() == std::vector<std::string>{lock.key()});
+}
+
+TEST_CASE("lock: its guard keeps writes of a former holder out") {
+  Setup s;
+  auto lock = s.acquire();
+  CHECK(lock.put("k", "1"));
+  CHECK(s.c.client().commit(Txn{}.when(lock.guard()).then(Op::put("k", "2"))).value().succeeded);
+  const auto done = lock.commit(
+      Txn{}.when(Compare::exists("k")).then(Op::get("k")).then(Op::put("n", "3")));
+  REQUIRE_MESSAGE(done, text_of(done));
+  CHECK(done->succeeded);
+  CHECK(done->range(0).kvs.at(0).value == "2");
+  CHECK(done->revision == s.etcd->revision());
+  const auto other = lock.commit(Txn{}.when(Compare::missing("k")).otherwise(Op::get("n")));
+  REQUIRE_MESSAGE(other, text_of(other));
+  CHECK_FALSE(other->succeeded);
+  CHECK(other->range(0).kvs.size() == 1);
+  const auto removed = lock.remove("n");
+  REQUIRE_MESSAGE(removed, text_of(removed));
+  CHECK(removed->deleted == 1);
+  CHECK(lock.remove("n").value().deleted == 0);
+
+  s.etcd->expire_lease(s.etcd->leases().front());
+  CHECK(lock.held());  // nobody has told us yet
+  CHECK_FALSE(
+      s.c.client().commit(Txn{}.when(lock.guard()).then(Op::put("k", "9"))).value().succeeded);
+  const auto revision = s.etcd->revision();
+  SUBCASE("put") { check_code(lock.put("k", "9"), ErrorCode::Lost); }
+  SUBCASE("remove") { check_code(lock.remove("k"), ErrorCode::Lost); }
+  SUBCASE("commit") { check_code(lock.commit(Txn{}.then(Op::put("k", "9"))), ErrorCode::Lost); }
+  CHECK(s.etcd->revision() == revision);
+  CHECK_FALSE(lock.held());
+}
+
+TEST_CASE("lock: the loss is told once, also to a handler that comes late; never after unlock") {
+  Setup s;
+  Notes notes;
+  auto lost = s.acquire("a"), unlocked = s.acquire("b");
+  unlocked.on_lost(notes.on_lost());
+  unlocked.unlock().value();
+  s.cut_off("one");
+  s.etcd->advance(9s);
+  CHECK_FALSE(lost.held());
+  lost.on_lost(notes.on_lost());
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  lost.on_lost(notes.on_lost());
+  s.c.close().value();
+  CHECK(notes.size() == 1);
+}
+
+TEST_CASE("lock: a handler may unlock and destroy its lock") {
+  Setup s;
+  auto lock = std::make_unique<Lock>(s.acquire());
+  std::atomic<bool> done{false};
+  lock->on_lost([&](const Error&) {
+    CHECK_FALSE(lock->held());
+    check_code(lock->unlock(), ErrorCode::Lost);
+    lock.reset();
+    done = true;
+  });
+  s.cut_off("one");
+  s.etcd->advance(9s);
+  CHECK(eventually([&] { return done.load(); }));
+}
+
+TEST_CASE("lock: after the loss its lease is revoked, so that nobody is kept out") {
+  Setup s;
+  auto lock = s.acquire();
+  s.cut_off("one");
+  s.etcd->advance(8s);
+  s.etcd->heal();
+  CHECK(lock.renew(9s));
+  CHECK(lock.held());
+  s.d.client().remove(lock.key()).value();
+  check_code(lock.put("a", "b"), ErrorCode::Lost);
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("lock: renew with the same TTL renews now") {
+  Setup s;
+  auto lock = s.acquire("a", 10s);
+  s.etcd->advance(2500ms);
+  CHECK(lock.ttl().value() == 7s);
+  const auto leases = s.etcd->leases();
+  CHECK(lock.renew(10s));
+  CHECK(lock.ttl().value() == 10s);
+  CHECK(s.etcd->leases() == leases);
+}
+
+TEST_CASE("lock: renew with another TTL keeps the key, the place and the token") {
+  Setup s;
+  auto lock = s.acquire("a", 10s);
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  const auto key = lock.key();
+  const auto token = lock.fencing_token();
+  const auto before = s.c.client().get(key).value();
+  CHECK(lock.renew(30s));
+  CHECK(lock.key() == key);
+  CHECK(lock.fencing_token() == token);
+  CHECK(lock.ttl().value() == 30s);
+  const auto kv = s.c.client().get(key).value();
+  CHECK(kv.create_revision == token);
+  CHECK(kv.lease != before.lease);
+  CHECK(eventually([&] { return s.etcd->leases().size() == 2; }));  // ours and the waiter's
+  CHECK(lock.held());
+  CHECK(lock.put("k", "v"));
+  CHECK_FALSE(waiter.done());
+  for (int i = 0; i < 3; ++i) {  // and from then on it renews itself with the new TTL
+    const int renewals = s.tap->finished("/v3/lease/keepalive");
+    s.etcd->advance(10s + 1ms);
+    CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > renewals; }));
+  }
+  CHECK(lock.held());
+  CHECK(lock.unlock());
+}
+
+TEST_CASE("lock: renew of what is lost") {
+  Setup s;
+  auto same = s.acquire("a"), other = s.acquire("b");
+  for (const auto lease : s.etcd->leases()) s.etcd->expire_lease(lease);
+  check_code(same.renew(9s), ErrorCode::Lost);
+  check_code(other.renew(20s), ErrorCode::Lost);
+  check_code(same.ttl(), ErrorCode::Lost);
+  CHECK_FALSE(same.held());
+  CHECK_FALSE(other.held());
+  check_code(same.renew(0ms), ErrorCode::Validation);
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("lock: with_lock") {
+  Setup s;
+  int calls = 0;
+  CHECK(s.c.lock().with_lock("a", 9s, [&](Lock& lock) {
+    ++calls;
+    CHECK(lock.held());
+    check_code(s.d.lock().try_acquire("a", 9s), ErrorCode::Conflict);
+  }));
+  CHECK(calls == 1);
+  CHECK(s.etcd->keys().empty());
+  check_code(s.c.lock().with_lock("a", 9s,
+                                  [&](Lock& lock) {
+                                    ++calls;
+                                    s.d.client().remove(lock.key()).value();
+                                  }),
+             ErrorCode::Lost);
+  CHECK(calls == 2);
+  const auto held = s.acquire();
+  check_code(s.d.lock().with_lock("a", 9s, [&](Lock&) { ++calls; }, Context::with_timeout(10ms)),
+             ErrorCode::Timeout);
+  CHECK(calls == 2);
+}
+
+TEST_CASE("lock: an unlock whose answer was lost is settled, not guessed") {
+  Setup s;
+  auto lock = s.acquire();
+  s.etcd->drop_replies(1);
+  CHECK(lock.unlock());
+  CHECK(s.etcd->keys().empty());
+  auto other = s.acquire("b");
+  s.cut_off("one");
+  check_code(other.unlock(Context::with_timeout(40ms)), ErrorCode::Connection);
+  CHECK_FALSE(other.held());
+  s.etcd->heal();
+  CHECK(eventually([&] { return s.etcd->keys().empty(); }));
+}
+
+TEST_CASE("lock: destroyed while etcd cannot be reached: bounded, and gone later") {
+  Setup s;
+  const Stopwatch watch;
+  {
+    const auto lock = s.acquire();
+    s.cut_off("one");
+  }
+  CHECK(watch.elapsed() < lenient(600ms));
+  s.etcd->heal();
+  CHECK(eventually([&] { return s.nothing_left(); }));
+}
+
+TEST_CASE("lock: close gives everything back and ends the waiting") {
+  Setup s;
+  Notes notes;
+  auto lock = s.acquire();
+  lock.on_lost(notes.on_lost());
+  auto of_d = s.d.lock().acquire("b", 9s).value();
+  Waiter waiter(exclusive(s.c, "b"));
+  REQUIRE(queued(s, 3));
+  const Stopwatch watch;
+  s.c.close().value();
+  CHECK(watch.elapsed() < lenient(1s));
+  CHECK(eventually([&] { return waiter.done(); }));
+  check_code(waiter.result(), ErrorCode::Cancelled);
+  CHECK(s.etcd->keys() == std::vector<std::string>{of_d.key()});
+  CHECK_FALSE(lock.held());
+  check_code(lock.renew(9s), ErrorCode::Cancelled);
+  check_code(lock.ttl(), ErrorCode::Cancelled);
+  check_code(lock.put("a", "b"), ErrorCode::Cancelled);
+  check_code(lock.unlock(), ErrorCode::Cancelled);
+  CHECK(notes.size() == 0);
+}
+
+// Shared locks.
+
+TEST_CASE("shared: many together, none beside an exclusive one") {
+  Setup s;
+  std::vector<Lock> readers;
+  for (int i = 0; i < 3; ++i) {
+    readers.push_back(s.c.lock().acquire_shared("a", 9s).value());
+    readers.push_back(s.d.lock().try_acquire_shared("a", 9s).value());
+  }
+  for (const auto& reader : readers) CHECK(reader.held());
+  check_code(s.d.lock().try_acquire("a", 9s), ErrorCode::Conflict);
+  Waiter writer(exclusive(s.d));
+  REQUIRE(queued(s, 7));
+  for (auto& reader : readers) {
+    CHECK_FALSE(writer.done());
+    CHECK(reader.unlock());
+  }
+  CHECK(writer.wins());
+  check_code(s.c.lock().try_acquire_shared("a", 9s), ErrorCode::Conflict);
+}
+
+TEST_CASE("shared: a writer who waits is not overtaken, and those behind him come together") {
+  Setup s;
+  auto first = s.c.lock().acquire_shared("a", 9s).value();
+  Waiter writer(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  check_code(s.c.lock().try_acquire_shared("a", 9s), ErrorCode::Conflict);
+  CHECK(queued(s, 2));
+  Waiter one(shared(s.c)), two(shared(s.d));
+  REQUIRE(queued(s, 4));
+  first.unlock().value();
+  REQUIRE(writer.wins());
+  CHECK_FALSE(one.done());
+  CHECK_FALSE(two.done());
+  writer.lock().unlock().value();
+  CHECK(one.wins());
+  CHECK(two.wins());
+}
+
+// Semaphores.
+
+TEST_CASE("semaphore: so many permits, first come, first served") {
+  Setup s;
+  auto semaphore = s.c.lock().semaphore("a", 2);
+  auto one = semaphore.acquire(9s).value(), two = semaphore.try_acquire(9s).value();
+  CHECK(one.key().compare(0, 14, "/semaphores/a/") == 0);
+  check_code(s.d.lock().semaphore("a", 2).try_acquire(9s), ErrorCode::Conflict);
+  CHECK(queued(s, 2));
+  Waiter third(permit(s.d, 2));
+  REQUIRE(queued(s, 3));
+  Waiter fourth(permit(s.c, 2));
+  REQUIRE(queued(s, 4));
+  CHECK_FALSE(third.done());
+  two.unlock().value();
+  CHECK(third.wins());
+  CHECK_FALSE(fourth.done());
+  one.unlock().value();
+  CHECK(fourth.wins());
+  CHECK(third.lock().held());
+  const auto lock = s.acquire("a");  // another thing of the same name
+  CHECK(lock.held());
+}
+
+TEST_CASE("semaphore: a waiter further back is not let in by one who gives up") {
+  Setup s;
+  auto semaphore = s.c.lock().semaphore("a", 1);
+  auto one = semaphore.acquire(9s).value();
+  Waiter second(permit(s.d, 1));
+  REQUIRE(queued(s, 2));
+  Waiter third(permit(s.d, 1));
+  REQUIRE(queued(s, 3));
+  second.cancel();
+  CHECK(queued(s, 2));
+  CHECK_FALSE(third.done());
+  one.unlock().value();
+  CHECK(third.wins());
+}
+
+TEST_CASE("semaphore: a lost permit goes to the next") {
+  Setup s;
+  auto one = s.c.lock().semaphore("a", 1).acquire(9s).value();
+  Waiter second(permit(s.d, 1));
+  REQUIRE(queued(s, 2));
+  s.etcd->expire_lease(s.c.client().get(one.key()).value().lease);
+  CHECK(second.wins());
+  check_code(one.unlock(), ErrorCode::Lost);
+}
+
+// All together.
+
+namespace {
+
+/// Spoils about every tenth request, and cuts the streams now and then.
+Tap::Hook trouble(Cluster& cluster) {
+  auto random = std::make_shared<std::mt19937>(1);
+  auto mutex = std::make_shared<std::mutex>();
+  return [&cluster, random, mutex](const HttpRequest&) {
+    std::lock_guard<std::mutex> hold(*mutex);
+    const auto kind = (*random)() % 40;
+    if (kind == 0) cluster.etcd->fail_next(1);
+    if (kind == 1 || kind == 2) cluster.etcd->drop_replies(1);
+    if (kind == 3) cluster.etcd->no_leader(1);
+    if (kind == 4) cluster.etcd->cut_streams((*random)() % 2 == 0);
+  };
+}
+
+struct Tally {
+  std::atomic<int> inside{0}, wrong{0}, rounds{0}, failed{0};
+  std::atomic<std::int64_t> last_token{0};
+
+  void lock_once(Coordinator& c) {
+    auto lock = c.lock().acquire("a", 60s);
+    if (!lock) {
+      const auto code = lock.error().code;
+      if (code != ErrorCode::Connection && code != ErrorCode::Unavailable) ++wrong;
+      ++failed;
+      return;
+    }
+    if (++inside != 1) ++wrong;
+    if (lock->fencing_token() <= last_token.exchange(lock->fencing_token())) ++wrong;
+    --inside;
+    static_cast<void>(lock->unlock());
+    ++rounds;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("lock: never two holders, and no standstill, whatever goes wrong") {
+  constexpr int kThreads = 4;
+  const int each = scaled(100);
+  Cluster cluster;
+  std::vector<Coordinator> coordinators;
+  for (int t = 0; t < kThreads; ++t) {
+    coordinators.push_back(cluster.connect("c" + std::to_string(t)));
+  }
+  cluster.tap->before(trouble(cluster));
+  Tally tally;
+  {
+    std::vector<Joined> workers;
+    for (auto& c : coordinators) {
+      workers.emplace_back([&] {
+        for (int i = 0; i < each; ++i) tally.lock_once(c);
+      });
+    }
+  }
+  CHECK(tally.wrong == 0);
+  CHECK(tally.rounds + tally.failed == kThreads * each);
+  CHECK(tally.rounds >= kThreads * each * 9 / 10);
+  cluster.tap->before(nullptr);
+  cluster.etcd->fail_next(0);
+  cluster.etcd->drop_replies(0);
+  cluster.etcd->no_leader(0);
+  for (auto& c : coordinators) c.close().value();
+  CHECK(cluster.etcd->keys().empty());
+  CHECK(cluster.etcd->leases().empty());
+}

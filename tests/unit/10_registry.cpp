@@ -1,0 +1,372 @@
+// Section 10: registration and discovery, on an etcd in memory whose time the tests move.
+#include <doctest/doctest.h>
+
+#include "coordination.hpp"
+#include "support/memory_cluster.hpp"
+
+using namespace coordination;
+using namespace support;
+using nlohmann::json;
+
+namespace {
+
+struct Setup : Cluster {
+  Coordinator c{connect("one")}, d{connect("two")};
+  Notes notes;
+
+  RegisterOptions noted(HealPolicy heal = HealPolicy::Restore) {
+    RegisterOptions options;
+    options.heal = heal;
+    options.on_event = [this](RegistrationEvent event, const ServiceInfo& service) {
+      notes.add(to_string(event) + (" " + service.id));
+    };
+    return options;
+  }
+  std::vector<std::string> ids(const std::string& name = "web") {
+    std::vector<std::string> result;
+    for (const auto& service : d.registry().discover(name).value()) result.push_back(service.id);
+    return result;
+  }
+  bool come_to(const std::vector<std::string>& expected) {
+    return eventually([&] { return ids() == expected; });
+  }
+  std::int64_t lease_of(const std::string& key) {
+    return d.client().get(key).value().lease;
+  }
+};
+
+ServiceInfo web(const std::string& id, int port = 80, milliseconds ttl = 9s) {
+  return {id, "web", "10.0.0.1", port, {{"zone", "eu"}}, ttl};
+}
+
+template <class T>
+void check_code(const Result<T>& result, ErrorCode code) {
+  CHECK_FALSE(result);
+  if (result) return;
+  INFO(text_of(result));
+  CHECK(std::string(to_string(result.error().code)) == to_string(code));
+}
+
+std::string next(Watch<ServiceEvent>& watch) {
+  const auto event = watch.next(Context::with_timeout(lenient(2s)));
+  if (!event) return text_of(event);
+  return to_string(event->type) + (" " + event->service.id) + ":" +
+         std::to_string(event->service.port);
+}
+
+}  // namespace
+
+TEST_CASE("registry: the record as other languages read it") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 8080, 30s)));
+  CHECK(s.etcd->keys() == std::vector<std::string>{"/services/web/w1"});
+  const auto kv = s.d.client().get("/services/web/w1").value();
+  CHECK(json::parse(kv.value) ==
+        json::parse(R"({"id":"w1","name":"web","address":"10.0.0.1","port":8080,
+                    "metadata":{"zone":"eu"},"ttl":30000000000})"));
+  CHECK(s.etcd->leases() == std::vector<std::int64_t>{kv.lease});
+  const auto found = s.d.registry().discover("web").value();
+  REQUIRE(found.size() == 1);
+  CHECK(found[0] == web("w1", 8080, 30s));
+}
+
+TEST_CASE("registry: discovered by id, one service at a time") {
+  Setup s;
+  for (const char* id : {"c", "a", "b"}) CHECK(s.c.registry().register_service(web(id)));
+  auto other = web("x");
+  other.name = "web2";
+  CHECK(s.c.registry().register_service(other));
+  CHECK(s.ids() == std::vector<std::string>{"a", "b", "c"});
+  CHECK(s.ids("web2") == std::vector<std::string>{"x"});
+  CHECK(s.ids("none").empty());
+}
+
+TEST_CASE("registry: a record that cannot be read is skipped and logged") {
+  Setup s;
+  Notes log;
+  auto options = s.options("three");
+  options.logger = log.logger();
+  auto c = connect_to(options);
+  CHECK(s.c.registry().register_service(web("w1")));
+  s.d.client().put("/services/web/bad", "{not json").value();
+  s.d.client().put("/services/web/port", R"({"id":"p","name":"web","port":99999})").value();
+  s.d.client().put("/services/web/w3", R"({"id":"w3","name":"web","address":"h","port":3,)"
+                                       R"("metadata":null,"ttl":5000000000})").value();
+  const auto found = c.registry().discover("web").value();
+  REQUIRE(found.size() == 2);
+  CHECK(found[0].id == "w1");
+  CHECK(found[1].id == "w3");
+  CHECK(found[1].ttl == 5s);
+  CHECK(log.contain("/services/web/bad"));
+  CHECK(log.contain("/services/web/port"));
+}
+
+TEST_CASE("registry: it stays for as long as it is wanted, whatever becomes of the Context") {
+  Setup s;
+  const auto ctx = Context::with_timeout(1s);
+  CHECK(s.c.registry().register_service(web("w1"), s.noted(), ctx));
+  ctx.cancel();
+  for (int i = 0; i < 9; ++i) {
+    const int before = s.tap->finished("/v3/lease/keepalive");
+    s.etcd->advance(3001ms);
+    CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > before; }));
+  }
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(s.ids().empty());
+  CHECK(s.etcd->leases().empty());
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1"});
+}
+
+TEST_CASE("registry: unregister") {
+  Setup s;
+  check_code(s.c.registry().unregister("w1"), ErrorCode::NotFound);
+  auto other = web("w1");
+  other.name = "api";
+  CHECK(s.c.registry().register_service(web("w1")));
+  CHECK(s.c.registry().register_service(web("w2")));
+  CHECK(s.c.registry().register_service(other));
+  check_code(s.d.registry().unregister("w1"), ErrorCode::NotFound);  // it is not d's
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(s.etcd->keys() == std::vector<std::string>{"/services/web/w2"});
+  check_code(s.c.registry().unregister("w1"), ErrorCode::NotFound);
+  CHECK(s.c.registry().register_service(web("w1")));
+  CHECK(s.ids() == std::vector<std::string>{"w1", "w2"});
+}
+
+TEST_CASE("registry: a dead process's record goes with its TTL") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1")));
+  s.cut_off("one");
+  s.etcd->advance(8999ms);
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  s.etcd->advance(1ms);
+  CHECK(s.ids().empty());
+}
+
+TEST_CASE("registry: registered again, the record is replaced in one step") {
+  Setup s;
+  auto watch = s.d.registry().watch("web").value();
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  CHECK(s.c.registry().register_service(web("w1", 2), s.noted()));
+  CHECK(s.c.registry().register_service(web("w1", 3, 20s), s.noted()));
+  CHECK(next(watch) == "PUT w1:1");
+  CHECK(next(watch) == "PUT w1:2");
+  CHECK(next(watch) == "PUT w1:3");
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+  CHECK(s.d.registry().discover("web").value().at(0) == web("w1", 3, 20s));
+  s.etcd->advance(9s);
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(next(watch) == "DELETE w1:3");
+  CHECK(s.notes.lines() == std::vector<std::string>(3, "REGISTERED w1"));
+}
+
+TEST_CASE("registry: a registration that failed leaves nothing behind") {
+  Setup s;
+  SUBCASE("refused") { s.cut_off("one"); }
+  SUBCASE("made, but every answer was lost") {
+    s.tap->before([&](const HttpRequest& request) {
+      if (request.path == "/v3/kv/txn") s.etcd->drop_replies(1);
+    });
+  }
+  const auto failed = s.c.registry().register_service(web("w1"), Context::with_timeout(60ms));
+  CHECK_FALSE(failed);
+  s.tap->before(nullptr);
+  s.etcd->heal();
+  s.etcd->drop_replies(0);
+  CHECK(eventually([&] { return s.etcd->keys().empty() && s.etcd->leases().empty(); }));
+  check_code(s.c.registry().unregister("w1"), ErrorCode::NotFound);
+  CHECK(s.c.registry().register_service(web("w1")));
+}
+
+// Healing.
+
+TEST_CASE("registry: it comes back after the loss of its lease") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  const auto lease = s.lease_of("/services/web/w1");
+  s.etcd->expire_lease(lease);
+  s.etcd->advance(3001ms);  // the next renewal finds out
+  CHECK(s.come_to({"w1"}));
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.notes.lines() ==
+        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+  CHECK(s.lease_of("/services/web/w1") != lease);
+  CHECK(s.etcd->leases().size() == 1);
+}
+
+TEST_CASE("registry: it comes back after somebody has deleted it") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  s.d.client().remove("/services/web/w1").value();
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  CHECK(s.notes.lines() ==
+        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+}
+
+TEST_CASE("registry: it comes back after an etcd that has lost its data") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  CHECK(s.c.registry().register_service(web("w2"), s.noted()));
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  s.etcd->restart_empty();
+  CHECK(s.come_to({"w1", "w2"}));
+}
+
+TEST_CASE("registry: it comes back after a partition") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  s.cut_off("one");
+  s.etcd->advance(9s);
+  CHECK(s.ids().empty());
+  CHECK(eventually([&] { return s.notes.size() == 2; }));
+  s.etcd->heal();
+  CHECK(s.come_to({"w1"}));
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.notes.lines() ==
+        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+}
+
+TEST_CASE("registry: NotifyOnly stays away, until it is registered again") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted(HealPolicy::NotifyOnly)));
+  s.etcd->expire_lease(s.lease_of("/services/web/w1"));
+  s.etcd->advance(3001ms);
+  CHECK(eventually([&] { return s.notes.size() == 2; }));
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1"});
+  std::this_thread::sleep_for(20ms);
+  CHECK(s.ids().empty());
+  CHECK(s.c.registry().register_service(web("w1", 81), s.noted()));
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+}
+
+TEST_CASE("registry: of two with one name and id the later one stays, and there is no fight") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  CHECK(s.d.registry().register_service(web("w1", 2)));
+  CHECK(eventually([&] { return s.notes.size() == 2; }));
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "REPLACED w1"});
+  s.etcd->advance(3001ms);
+  const auto found = s.d.registry().discover("web").value();
+  REQUIRE(found.size() == 1);
+  CHECK(found[0].port == 2);
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+  static_cast<void>(s.c.registry().unregister("w1"));
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+}
+
+TEST_CASE("registry: one that was replaced while it was cut off gives way") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  s.cut_off("one");
+  s.etcd->advance(9s);
+  CHECK(s.d.registry().register_service(web("w1", 2)));
+  CHECK(eventually([&] { return s.notes.size() == 2; }));
+  s.etcd->heal();
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.notes.lines() ==
+        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REPLACED w1"});
+  CHECK(s.d.registry().discover("web").value().at(0).port == 2);
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+}
+
+TEST_CASE("registry: close takes all away, and nothing comes back") {
+  Setup s;
+  for (int i = 0; i < 50; ++i) {
+    CHECK(s.c.registry().register_service(web("w" + std::to_string(i)), s.noted()));
+  }
+  CHECK(s.ids().size() == 50);
+  s.c.close().value();
+  CHECK(s.ids().empty());
+  CHECK(s.etcd->leases().empty());
+  const auto told = s.notes.size();
+  s.etcd->advance(30s);
+  CHECK(s.ids().empty());
+  CHECK(s.notes.size() == told);
+}
+
+TEST_CASE("registry: a handler may register and unregister") {
+  Setup s;
+  RegisterOptions options;
+  std::atomic<bool> done{false};
+  options.on_event = [&](RegistrationEvent event, const ServiceInfo&) {
+    if (event != RegistrationEvent::Lost) return;
+    CHECK(s.c.registry().unregister("w1"));
+    CHECK(s.c.registry().register_service(web("w2")));
+    done = true;
+  };
+  CHECK(s.c.registry().register_service(web("w1"), options));
+  s.etcd->expire_lease(s.lease_of("/services/web/w1"));
+  s.etcd->advance(3001ms);
+  CHECK(eventually([&] { return done.load(); }));
+  CHECK(s.come_to({"w2"}));
+}
+
+// Watching.
+
+TEST_CASE("registry: events, in order, with the whole record also at the end") {
+  Setup s;
+  auto watch = s.d.registry().watch("web").value();
+  const auto revision = s.etcd->revision();
+  CHECK(s.c.registry().register_service(web("w1", 1)));
+  CHECK(s.c.registry().register_service(web("w2", 2)));
+  CHECK(s.c.registry().unregister("w1"));
+  const auto first = watch.next(Context::with_timeout(lenient(2s)));
+  REQUIRE_MESSAGE(first, text_of(first));
+  CHECK(first->type == EventType::Put);
+  CHECK(first->service == web("w1", 1));
+  CHECK(first->revision == revision + 1);
+  CHECK(first->timestamp > std::chrono::system_clock::now() - 1min);
+  CHECK(next(watch) == "PUT w2:2");
+  const auto last = watch.next(Context::with_timeout(lenient(2s)));
+  REQUIRE_MESSAGE(last, text_of(last));
+  CHECK(last->type == EventType::Delete);
+  CHECK(last->service == web("w1", 1));
+  CHECK(last->revision == revision + 3);
+  check_code(watch.next(Context::with_timeout(5ms)), ErrorCode::Timeout);
+}
+
+TEST_CASE("registry: what was there before, the oldest first") {
+  Setup s;
+  for (const char* id : {"c", "a", "b"}) CHECK(s.c.registry().register_service(web(id)));
+  WatchOptions options;
+  options.include_existing = true;
+  auto watch = s.d.registry().watch("web", options).value();
+  CHECK(s.c.registry().unregister("c"));
+  CHECK(next(watch) == "PUT c:80");
+  CHECK(next(watch) == "PUT a:80");
+  CHECK(next(watch) == "PUT b:80");
+  CHECK(next(watch) == "DELETE c:80");
+}
+
+TEST_CASE("registry: a handler, until its subscription ends") {
+  Setup s;
+  Notes events;
+  auto subscription = s.d.registry().watch("web", [&](const ServiceEvent& event) {
+    events.add(to_string(event.type) + (" " + event.service.id));
+  });
+  REQUIRE_MESSAGE(subscription, text_of(subscription));
+  CHECK(s.c.registry().register_service(web("w1")));
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(eventually([&] { return events.size() == 2; }));
+  CHECK(events.lines() == std::vector<std::string>{"PUT w1", "DELETE w1"});
+  subscription->cancel();
+  CHECK(s.c.registry().register_service(web("w2")));
+  std::this_thread::sleep_for(10ms);
+  CHECK(events.size() == 2);
+}
+
+TEST_CASE("registry: events of records that cannot be read") {
+  Setup s;
+  auto watch = s.d.registry().watch("web").value();
+  s.c.client().put("/services/web/bad", "{").value();
+  s.c.client().remove("/services/web/bad").value();
+  CHECK(s.c.registry().register_service(web("w1")));
+  CHECK(next(watch) == "DELETE bad:0");  // what its key tells
+  CHECK(next(watch) == "PUT w1:80");
+}

@@ -1,0 +1,275 @@
+// Section 12: options, connecting and closing.
+#include <doctest/doctest.h>
+
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "coordination.hpp"
+#include "support/scripted_transport.hpp"
+
+using namespace coordination;
+using namespace support;
+
+namespace {
+
+constexpr const char* kRange = "/v3/kv/range";
+
+void check_invalid(const CoordinatorOptions& options, const std::string& names) {
+  const auto valid = validate(options);
+  CHECK_FALSE(valid);
+  if (valid) return;
+  INFO(text_of(valid));
+  CHECK(valid.error().code == ErrorCode::Validation);
+  CHECK(valid.error().message.find(names) != std::string::npos);
+  const auto connected = Coordinator::connect(options);
+  REQUIRE_FALSE(connected);
+  CHECK(to_string(connected.error()) == to_string(valid.error()));
+}
+
+std::string endpoint_used(const std::string& endpoint, const TlsOptions& tls = {}) {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  auto options = options_with(etcd);
+  options.endpoints = {endpoint};
+  options.tls = tls;
+  const auto connected = Coordinator::connect(options);
+  CHECK_MESSAGE(connected, text_of(connected));
+  CHECK(etcd->count() == 1);
+  return etcd->endpoints().at(0);
+}
+
+}  // namespace
+
+TEST_CASE("options: the defaults") {
+  const auto options = default_coordinator_options();
+  CHECK(options.endpoints == std::vector<std::string>{"localhost:2379"});
+  CHECK(options.timeout == 5s);
+  CHECK(options.retry_config.max_attempts == 3);
+  CHECK(options.retry_config.initial_delay == 100ms);
+  CHECK(options.retry_config.max_delay == 2s);
+  CHECK(options.retry_config.multiplier == 2.0);
+  CHECK(options.tls.verify_server);
+  CHECK(options.username.empty());
+  CHECK(options.key_prefix.empty());
+  CHECK(validate(options));
+}
+
+TEST_CASE("options: endpoints as they may be written") {
+  CHECK(endpoint_used("localhost:2379") == "http://localhost:2379");
+  CHECK(endpoint_used("http://127.0.0.1:1") == "http://127.0.0.1:1");
+  CHECK(endpoint_used("https://etcd.example:65535") == "https://etcd.example:65535");
+  CHECK(endpoint_used("[::1]:2379") == "http://[::1]:2379");
+  CHECK(endpoint_used("https://[fe80::1%25eth0]:2379") == "https://[fe80::1%25eth0]:2379");
+  TlsOptions tls;
+  tls.ca_file = "ca.pem";
+  CHECK(endpoint_used("etcd:2379", tls) == "https://etcd:2379");
+  CHECK(endpoint_used("http://etcd:2379", tls) == "http://etcd:2379");
+}
+
+TEST_CASE("options: endpoints as they may not") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  for (const char* endpoint :
+       {"", "host", "host:", ":2379", ":", "host:0", "host:65536", "host:99999999999", "host:abc",
+        "host:-1", "host:+1", "host: 1", "ftp://host:1", "http://", "https://host", "http://:1",
+        "host:2379/", "host:2379/path", "http://host/path:1", "::1:2379", "[::1]", "[]:1",
+        "ho st:1", "joe@host:1", "joe:pw@host:1", "host:1:2", "http://http://a:1", "[::1:2379",
+        "::1]:2379", "host\n:1", "host:1\r\n"}) {
+    INFO(std::string(endpoint));
+    auto options = options_with(etcd);
+    options.endpoints = {"fine:2379", endpoint};
+    check_invalid(options, "endpoint");
+  }
+  auto options = options_with(etcd);
+  options.endpoints.clear();
+  check_invalid(options, "endpoints");
+  CHECK(etcd->count() == 0);
+}
+
+TEST_CASE("options: everything else that may be wrong") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  using Change = std::function<void(CoordinatorOptions&)>;
+  const std::pair<const char*, Change> cases[] = {
+      {"timeout", [](auto& o) { o.timeout = 0ms; }},
+      {"timeout", [](auto& o) { o.timeout = -1ms; }},
+      {"multiplier", [](auto& o) { o.retry_config.multiplier = 1.0; }},
+      {"multiplier", [](auto& o) { o.retry_config.multiplier = -2; }},
+      {"multiplier",
+       [](auto& o) { o.retry_config.multiplier = std::numeric_limits<double>::quiet_NaN(); }},
+      {"delay", [](auto& o) { o.retry_config.initial_delay = 0ms; }},
+      {"delay", [](auto& o) { o.retry_config.max_delay = -1ms; }},
+      {"max_attempts", [](auto& o) { o.retry_config.max_attempts = -1; }},
+      {"password", [](auto& o) { o.password = "secret"; }},
+      {"tls", [](auto& o) { o.tls.cert_file = "cert.pem"; }},
+      {"tls", [](auto& o) { o.tls.key_file = "key.pem"; }},
+      {"key_prefix", [](auto& o) { o.key_prefix = "app"; }},
+      {"key_prefix", [](auto& o) { o.key_prefix = "/"; }},
+      {"key_prefix", [](auto& o) { o.key_prefix = "/app/"; }},
+      {"key_prefix", [](auto& o) { o.key_prefix = "/a//b"; }},
+      {"key_prefix", [](auto& o) { o.key_prefix = "/a/../b"; }}};
+  for (const auto& [names, change] : cases) {
+    INFO(std::string(names));
+    auto options = options_with(etcd);
+    change(options);
+    check_invalid(options, names);
+    CHECK(validate(options).error().message.find("secret") == std::string::npos);
+  }
+  CHECK(etcd->count() == 0);
+  auto good = options_with(etcd);
+  good.key_prefix = "/tenants/a";
+  good.username = "joe";
+  good.retry_config.multiplier = 1.01;
+  good.retry_config.max_attempts = 0;
+  CHECK(validate(good));
+}
+
+TEST_CASE("connect: it tries every endpoint until one answers") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  auto options = options_with(etcd);
+  options.endpoints = {"one:2379", "two:2379", "three:2379"};
+  etcd->endpoint("http://one:2379", refused());
+  etcd->endpoint("http://two:2379", answer(404, "404 page not found\n"));
+  const auto connected = Coordinator::connect(options);
+  REQUIRE_MESSAGE(connected, text_of(connected));
+  CHECK(etcd->endpoints() ==
+        std::vector<std::string>{"http://one:2379", "http://two:2379", "http://three:2379"});
+}
+
+TEST_CASE("connect: if none answers, the error says why") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  auto options = options_with(etcd);
+  options.endpoints = {"one:2379", "two:2379"};
+  options.timeout = 200ms;
+  const auto code_of = [&](const Answer& always) {
+    etcd->always(kRange, always);
+    const Stopwatch watch;
+    const auto connected = Coordinator::connect(options);
+    CHECK(watch.elapsed() < lenient(400ms));
+    REQUIRE_FALSE(connected);
+    return std::string(to_string(connected.error().code));
+  };
+  CHECK(code_of(refused()) == "CONNECTION_ERROR");
+  CHECK(code_of(answer(404, "404 page not found\n")) == "SERVICE_UNAVAILABLE");
+  CHECK(code_of(etcd_error(503, 14, "etcdserver: no leader")) == "SERVICE_UNAVAILABLE");
+  CHECK(code_of(answer(200, "<html></html>")) == "INTERNAL_ERROR");
+  CHECK(code_of(silence()) == "TIMEOUT_ERROR");
+}
+
+TEST_CASE("connect: its Context ends it") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  etcd->always(kRange, silence());
+  const Stopwatch watch;
+  const auto late = Coordinator::connect(options_with(etcd), Context::with_timeout(30ms));
+  REQUIRE_FALSE(late);
+  CHECK(late.error().code == ErrorCode::Timeout);
+  CHECK(watch.elapsed() < lenient(130ms));
+  const Context ctx;
+  ctx.cancel();
+  etcd->clear();
+  const auto cancelled = Coordinator::connect(options_with(etcd), ctx);
+  REQUIRE_FALSE(cancelled);
+  CHECK(cancelled.error().code == ErrorCode::Cancelled);
+  CHECK(etcd->count() == 0);
+}
+
+TEST_CASE("connect: a user who may not read the first key is connected all the same") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  etcd->always(kRange, etcd_error(403, 7, "etcdserver: permission denied"));
+  CHECK(Coordinator::connect(options_with(etcd)));
+}
+
+TEST_CASE("connect: a logger that throws does no harm") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  auto options = options_with(etcd);
+  int lines = 0;
+  options.logger = [&](LogLevel, std::string_view, const LogFields&) {
+    ++lines;
+    throw std::runtime_error("disk full");
+  };
+  CHECK(Coordinator::connect(options));
+  CHECK(lines > 0);
+}
+
+TEST_CASE("close: it may be repeated, and every service answers Cancelled from then on") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  auto c = connect_to(options_with(etcd));
+  CHECK(c.close());
+  CHECK(c.close());
+  etcd->clear();
+  const auto cancelled = [](const auto& result) {
+    CHECK_FALSE(result);
+    if (!result) CHECK_MESSAGE(result.error().code == ErrorCode::Cancelled, text_of(result));
+  };
+  cancelled(c.client().get("a"));
+  cancelled(c.client().put("a", "b"));
+  cancelled(c.client().grant(10s));
+  cancelled(c.client().watch("a"));
+  cancelled(c.client().status());
+  cancelled(c.lock().acquire("a", 10s));
+  cancelled(c.lock().try_acquire("a", 10s));
+  cancelled(c.lock().acquire_shared("a", 10s));
+  cancelled(c.lock().semaphore("a", 1).acquire(10s));
+  cancelled(c.election().campaign("a", "b", 10s));
+  cancelled(c.election().leader("a"));
+  cancelled(c.election().observe("a"));
+  cancelled(c.registry().register_service({"id", "name", "host", 80}));
+  cancelled(c.registry().unregister("id"));
+  cancelled(c.registry().discover("name"));
+  cancelled(c.registry().watch("name"));
+  cancelled(c.registry().view("name"));
+  cancelled(c.config().get("a"));
+  cancelled(c.config().set("a", 1));
+  cancelled(c.config().compare_and_set("a", 0, 1));
+  cancelled(c.config().remove("a"));
+  cancelled(c.config().list(""));
+  cancelled(c.config().watch("a"));
+  cancelled(c.config().watch_prefix("a"));
+  cancelled(c.config().view("a"));
+  CHECK(etcd->count() == 0);
+}
+
+TEST_CASE("close: within a second, whatever the transport does") {
+  for (const auto& hang : {silence(), deaf_to_deadlines()}) {
+    const auto etcd = std::make_shared<ScriptedTransport>();
+    etcd->always("/v3/lease/grant", [](const HttpRequest& request, const auto&, const auto&)
+                                        -> Result<HttpResponse> {
+      const auto id = nlohmann::json::parse(request.body)["ID"].get<std::string>();
+      return HttpResponse{200, reply(1, "\"ID\":\"" + id + "\",\"TTL\":\"10\"")};
+    });
+    auto c = std::make_unique<Coordinator>(connect_to(options_with(etcd)));
+    auto lease = c->client().grant(10s);
+    REQUIRE_MESSAGE(lease, text_of(lease));
+    auto watch = c->client().watch("a");
+    REQUIRE_MESSAGE(watch, text_of(watch));
+    for (const char* path : {"/v3/lease/revoke", "/v3/lease/keepalive", "/v3/watch", kRange}) {
+      etcd->always(path, hang);
+    }
+    const Stopwatch stopwatch;
+    SUBCASE("close") { CHECK(c->close()); }
+    SUBCASE("the destructor") { c.reset(); }
+    CHECK(stopwatch.elapsed() < lenient(1100ms));
+    CHECK_FALSE(lease->held());
+    const auto event = watch->next();
+    REQUIRE_FALSE(event);
+    CHECK(event.error().code == ErrorCode::Cancelled);
+  }
+}
+
+TEST_CASE("coordinator: it can be moved, and what it replaces is closed") {
+  const auto one = std::make_shared<ScriptedTransport>();
+  const auto two = std::make_shared<ScriptedTransport>();
+  auto first = connect_to(options_with(one));
+  auto second = connect_to(options_with(two));
+  auto old_client = first.client();
+  one->clear();
+  two->clear();
+  first = std::move(second);
+  CHECK(first.client().range({"a"}));
+  CHECK(two->count() == 1);
+  const auto closed = old_client.range({"a"});
+  REQUIRE_FALSE(closed);
+  CHECK(closed.error().code == ErrorCode::Cancelled);
+  CHECK(one->count() == 0);
+  Coordinator third(std::move(first));
+  CHECK(third.client().range({"a"}));
+  CHECK(third.close());
+}

@@ -1,0 +1,131 @@
+// Section 13: the functions over the default Coordinator.
+#include <doctest/doctest.h>
+
+#include "coordination.hpp"
+#include "support/memory_cluster.hpp"
+
+using namespace coordination;
+using namespace support;
+
+namespace {
+
+/// The default Coordinator on an etcd in memory, and none afterwards.
+struct Setup : Cluster {
+  Setup() {
+    coordination::close().value();
+    set_default_options(options()).value();
+  }
+  ~Setup() {
+    static_cast<void>(coordination::close());
+    static_cast<void>(set_default_options(default_coordinator_options()));
+  }
+};
+
+template <class T>
+void check_code(const Result<T>& result, ErrorCode code) {
+  CHECK_FALSE(result);
+  if (result) return;
+  INFO(text_of(result));
+  CHECK(std::string(to_string(result.error().code)) == to_string(code));
+}
+
+}  // namespace
+
+TEST_CASE("globals: made at first use, one for all") {
+  Setup s;
+  CHECK(s.tap->count() == 0);
+  std::vector<std::shared_ptr<Coordinator>> seen(8);
+  {
+    std::vector<Joined> threads;
+    for (auto& slot : seen) {
+      threads.emplace_back([&slot] { slot = default_coordinator().value(); });
+    }
+  }
+  for (const auto& coordinator : seen) CHECK(coordinator == seen.front());
+  CHECK(s.tap->count() == 1);
+}
+
+TEST_CASE("globals: options can be set while there is none in use") {
+  Setup s;
+  CHECK(set_default_options(s.options()));
+  default_coordinator().value();
+  check_code(set_default_options(s.options()), ErrorCode::Conflict);
+  CHECK(coordination::close());
+  CHECK(set_default_options(s.options()));
+  auto bad = s.options();
+  bad.timeout = 0ms;
+  check_code(set_default_options(bad), ErrorCode::Validation);
+}
+
+TEST_CASE("globals: closed, what was handed out answers Cancelled, and the next use makes another") {
+  Setup s;
+  const auto old = default_coordinator().value();
+  auto lock = acquire_lock("a", 9s).value();
+  CHECK(coordination::close());
+  CHECK(coordination::close());
+  CHECK_FALSE(lock.held());
+  check_code(old->config().get("k"), ErrorCode::Cancelled);
+  check_code(lock.unlock(), ErrorCode::Cancelled);
+  CHECK(set_config("k", 1));
+  CHECK(default_coordinator().value() != old);
+}
+
+TEST_CASE("globals: a connect that failed is tried again") {
+  Setup s;
+  s.cut_off("one");
+  check_code(default_coordinator(), ErrorCode::Connection);
+  check_code(get_config("k"), ErrorCode::Connection);
+  s.etcd->heal();
+  check_code(get_config("k"), ErrorCode::NotFound);
+}
+
+TEST_CASE("globals: locks") {
+  Setup s;
+  auto lock = acquire_lock("a", 9s);
+  REQUIRE_MESSAGE(lock, text_of(lock));
+  CHECK(s.etcd->keys() == std::vector<std::string>{lock->key()});
+  check_code(try_acquire_lock("a", 9s), ErrorCode::Conflict);
+  check_code(acquire_lock("a", 9s, Context::with_timeout(10ms)), ErrorCode::Timeout);
+  CHECK(lock->unlock());
+  CHECK(try_acquire_lock("a", 9s));
+}
+
+TEST_CASE("globals: services") {
+  Setup s;
+  Notes notes;
+  auto watch = watch_services("web").value();
+  const auto subscription = watch_services("web", [&](const ServiceEvent& event) {
+    notes.add(to_string(event.type) + (" " + event.service.id));
+  });
+  REQUIRE_MESSAGE(subscription, text_of(subscription));
+  const ServiceInfo service{"w1", "web", "h", 80};
+  CHECK(register_service(service));
+  const auto found = discover_services("web").value();
+  REQUIRE(found.size() == 1);
+  CHECK(found[0] == service);
+  CHECK(unregister_service("w1"));
+  check_code(unregister_service("w1"), ErrorCode::NotFound);
+  CHECK(watch.next(Context::with_timeout(2s)).value().type == EventType::Put);
+  CHECK(watch.next(Context::with_timeout(2s)).value().type == EventType::Delete);
+  CHECK(eventually([&] { return notes.size() == 2; }));
+  CHECK(notes.lines() == std::vector<std::string>{"PUT w1", "DELETE w1"});
+}
+
+TEST_CASE("globals: configuration") {
+  Setup s;
+  Notes notes;
+  auto watch = watch_config("app/k").value();
+  const auto subscription = watch_config("app/k", [&](const ConfigEvent& event) {
+    notes.add(event.value.dump());
+  });
+  REQUIRE_MESSAGE(subscription, text_of(subscription));
+  CHECK(set_config("app/k", {{"a", 1}}));
+  CHECK(get_config("app/k").value() == nlohmann::json{{"a", 1}});
+  CHECK(list_configs("app").value() == std::vector<std::string>{"app/k"});
+  CHECK(delete_config("app/k"));
+  check_code(delete_config("app/k"), ErrorCode::NotFound);
+  CHECK(watch.next(Context::with_timeout(2s)).value().value == nlohmann::json{{"a", 1}});
+  CHECK(watch.next(Context::with_timeout(2s)).value().type == EventType::Delete);
+  CHECK(eventually([&] { return notes.size() == 2; }));
+  CHECK(notes.lines() == std::vector<std::string>{R"({"a":1})", "null"});
+}

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# test.sh: installs what is missing, builds everything and runs every test; then once more under
+# the sanitizers. Its last line says how many test cases passed, failed and were skipped.
+#
+# COORDINATION_BUILD_DIR: where to build; default: build/ in the repository.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+build=${COORDINATION_BUILD_DIR:-$root/build}
+mkdir -p "$build"
+build=$(cd "$build" && pwd)
+results=$build/results
+rm -rf "$results"
+mkdir "$results"
+cd "$root"
+
+# One job for each core, but two at most where they would have less than 4 GiB each.
+jobs=$(nproc)
+memory=$(awk '/^MemTotal/ {print int($2 / 1024 / 1024)}' /proc/meminfo)
+if ((jobs > 2 && memory < 4 * jobs)); then jobs=2; fi
+
+phase() {  # NAME COMMAND...: says how long it took; fails as the command does
+  local name=$1 begin=$SECONDS status=0
+  shift
+  echo "== $name"
+  "$@" || status=$?
+  echo "== $name: $((SECONDS - begin)) s"
+  return "$status"
+}
+
+install_missing() {
+  tools/install.sh g++ cmake ninja-build pkg-config python3 binutils etcd-server etcd-client \
+    libcpp-httplib-dev nlohmann-json3-dev libssl-dev doctest-dev || return
+  # A second compiler: what needs it is skipped without it.
+  tools/install.sh clang libclang-rt-dev || true
+}
+
+# The conformance tests run on this one, too, if it can be had.
+find_etcd35() {
+  local path
+  if path=$(tools/fetch_etcd35.sh "$build/etcd35"); then export COORDINATION_ETCD35=$path; fi
+}
+
+build_preset() {  # PRESET [CMAKE OPTION...]
+  local preset=$1
+  shift
+  cmake --preset "$preset" -B "$build/$preset" "$@" > "$build/$preset.log" ||
+    { cat "$build/$preset.log"; return 1; }
+  cmake --build "$build/$preset" --parallel "$jobs"
+}
+
+run_tests() {  # PRESET [WRAPPER...]
+  local preset=$1
+  shift
+  "$@" ctest --test-dir "$build/$preset" --parallel "$jobs" --output-on-failure \
+    --test-output-size-passed 1000000 --test-output-size-failed 1000000 \
+    --output-junit "$results/$preset.xml"
+}
+
+# Test cases where a program has counted them, else tests.
+count_results() {
+  python3 - "$results"/*.xml << 'PYTHON'
+import re
+import sys
+import xml.etree.ElementTree as xml
+
+passed = failed = skipped = 0
+for path in sys.argv[1:]:
+    for test in xml.parse(path).iter("testcase"):
+        output = test.findtext("system-out") or ""
+        cases = re.findall(r"test cases: +\d+ \| +(\d+) passed \| +(\d+) failed", output)
+        good, bad = map(int, cases[-1]) if cases else (int(test.get("status") == "run"), 0)
+        if test.get("status") == "fail":
+            bad = max(bad, 1)
+        not_done = 1 if test.get("status") == "notrun" else min(good, output.count("SKIPPED"))
+        passed += good - min(good, not_done)
+        failed += bad
+        skipped += not_done
+print(passed, failed, skipped)
+PYTHON
+}
+
+finish() {
+  local status=$? passed=0 failed=0 skipped=0
+  set +e
+  compgen -G "$results/*.xml" > /dev/null && read -r passed failed skipped < <(count_results)
+  ((status != 0 && failed == 0)) && failed=1
+  ((failed != 0 && status == 0)) && status=1
+  echo "all of it: $SECONDS s"
+  echo "$passed passed, $failed failed, $skipped skipped"
+  exit "$status"
+}
+trap finish EXIT
+
+phase "install what is missing" install_missing
+phase "find an etcd 3.5" find_etcd35
+if command -v ninja > /dev/null; then export CMAKE_GENERATOR=Ninja; fi
+
+status=0
+phase "dev: build" build_preset dev
+phase "dev: test" run_tests dev || status=1
+
+# One sanitizer with each compiler, so that both compile everything.
+options=()
+if echo 'int main() {}' | clang++ -fsanitize=address -x c++ - -o "$build/probe" 2> /dev/null; then
+  options=(-DCMAKE_CXX_COMPILER=clang++)
+fi
+phase "asan: build" build_preset asan "${options[@]}"
+phase "asan: test" run_tests asan || status=1
+
+# ThreadSanitizer needs addresses where it expects them.
+wrapper=()
+if setarch -R true 2> /dev/null; then wrapper=(setarch -R); fi
+phase "tsan: build" build_preset tsan
+phase "tsan: test" run_tests tsan "${wrapper[@]}" || status=1
+
+exit "$status"
