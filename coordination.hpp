@@ -4616,7 +4616,8 @@ COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
     reachable = reachable && done;
     doomed.next = steady_clock::now() + milliseconds(1000);
     std::lock_guard<std::mutex> lock(mutex_);  // it stays in the list until then, for close()
-    if ((done && doomed.granted) || doomed.next >= doomed.until) {
+    // Where etcd cannot be reached, a grant may still wait to be done.
+    if (done && (doomed.granted || doomed.next >= doomed.until)) {
       doomed_.erase(doomed.id);
     } else {
       doomed_[doomed.id] = doomed;
@@ -4829,6 +4830,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static constexpr milliseconds kPace{200};    //   in this time
   static constexpr milliseconds kLinger{150};  // etcd serves a watch that is behind every 100 ms
   static constexpr milliseconds kSilence{5000};
+  static constexpr std::size_t kFew = 100;        // watches that etcd creates in no time
   static constexpr std::size_t kMostResting = 2;  // streams that rest
 
   SteadyTime next_opening() const;
@@ -4845,6 +4847,11 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   void on_canceled(const HubStreamPtr& stream, const wire::WatchLine& line);
   bool stays_behind(const HubStreamPtr& stream, const HubWatchPtr& watch);
   void take_over(const HubStreamPtr& stream);
+  static std::size_t leaving(const HubStream& stream) {
+    auto leaves = [](const HubStreamPtr& victim) { return !victim->rests && !victim->over; };
+    return static_cast<std::size_t>(
+        std::count_if(stream.victims.begin(), stream.victims.end(), leaves));
+  }
   void on_events(const HubStreamPtr& stream, wire::WatchLine& line);
   void on_end(const HubStreamPtr& stream, const Error& error);
   void detach(const HubStreamPtr& stream);
@@ -4894,7 +4901,10 @@ COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t n
 /// Under the mutex.
 COORDINATION_API SteadyTime WatchHub::next_opening() const {
   auto now = steady_clock::now();
-  return opened_.size() < kBurst ? now : std::max(now, opened_.front() + kPace);
+  if (opened_.size() < kBurst) return now;
+  // The more there are, the more a merge costs: then they are gathered for longer.
+  auto gather = milliseconds(static_cast<std::int64_t>(watches_.size() / 20));
+  return std::max(now, opened_.front() + kPace + gather);
 }
 
 /// A moment for a new watch to stand: events that come before it does are served by etcd's timer
@@ -4910,7 +4920,7 @@ COORDINATION_API void WatchHub::settle(std::int64_t id, const Context& ctx) {
     return it == watches_.end() || it->second->confirmed || ctx.done();
   };
   auto opens = next_opening();
-  if (opens > steady_clock::now()) return;
+  if (opens > steady_clock::now() || watches_.size() > kFew) return;
   confirmed_.wait_for(lock, milliseconds(50), stands);
 }
 
@@ -4990,7 +5000,7 @@ COORDINATION_API void WatchHub::open_next() {
     std::lock_guard<std::mutex> lock(mutex_);
     open_at_.reset();
     if (closed_ || streams_.size() >= kMaxStreams) return;  // comes again when one has ended
-    auto steady = streams_.size() - (merging_ ? merging_->victims.size() : 0);
+    auto steady = streams_.size() - (merging_ ? leaving(*merging_) : 0);
     if (merging_ && steady + 1 > kMaxStreams - 1) return;
     auto victims = merging_ ? std::vector<HubStreamPtr>() : choose_victims();
     if (waiting_.empty() && victims.empty()) return;
@@ -5235,14 +5245,15 @@ COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream,
 /// Under the mutex.
 COORDINATION_API void WatchHub::take_over(const HubStreamPtr& stream) {
   for (auto& victim : stream->victims) {
-    if (!victim->rests) {
-      detach(victim);
-      continue;
-    }
+    if (!victim->rests) detach(victim);
+  }
+  for (auto& victim : stream->victims) {
+    if (victim->over) continue;
     for (auto& entry : stream->watches) {
       if (victim->watches.erase(entry.first) > 0) --entry.second->streams;
     }
-    if (victim->watches.empty()) detach(victim);
+    bool room = streams_.size() <= kMaxStreams - 1;  // one must be left to merge into
+    if (victim->watches.empty() || !room) detach(victim);
   }
 }
 
@@ -5450,7 +5461,8 @@ class EventPort {
 /// last record to a Delete and deliver the difference after a compaction.
 class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed> {
  public:
-  enum class Mode { Raw, Live, LiveWithValues };
+  /// ByAge is Live for a queue of keys, in which the oldest counts.
+  enum class Mode { Raw, Live, LiveWithValues, ByAge };
   using Known = std::map<std::string, KeyValue>;
 
   RangeFeed(std::shared_ptr<ClientState> client, WatchRequest request, Mode mode)
@@ -5484,6 +5496,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     // A stream that was left may still have a line; what was read anew has it already.
     if (mode_ != Mode::Raw && events.front().revision <= revision_) return true;
     revision_ = std::max(revision_, events.front().revision);
+    if (mode_ == Mode::ByAge && events.size() > 1) sort_by_age(events);
     bool more = true;
     for (auto& event : events) {
       if (mode_ != Mode::Raw && !learn(event)) continue;
@@ -5522,6 +5535,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   Result<Snapshot> read(const Context& ctx) const;
   void join_hub(std::int64_t next_revision);
   bool learn(WatchEvent& event);
+  void sort_by_age(std::vector<WatchEvent>& events) const;
   void keep(const KeyValue& kv);
   void on_compacted(std::int64_t revision);
   void resync_later(milliseconds delay);
@@ -5643,6 +5657,22 @@ COORDINATION_API void RangeFeed::keep(const KeyValue& kv) {
   if (mode_ != Mode::LiveWithValues) std::string().swap(known.value);
 }
 
+/// Of what happens at once: puts first, the oldest key first; then deletes, the youngest first. So
+/// no key seems to be the oldest for a moment that never was.
+COORDINATION_API void RangeFeed::sort_by_age(std::vector<WatchEvent>& events) const {
+  auto rank = [this](const WatchEvent& event) {
+    if (event.type == EventType::Put) return std::make_pair(0, event.kv.create_revision);
+    auto it = known_.find(event.kv.key);
+    auto created = it != known_.end()  ? it->second.create_revision
+                   : event.prev_kv     ? event.prev_kv->create_revision
+                                       : std::int64_t{0};
+    return std::make_pair(1, -created);
+  };
+  std::stable_sort(events.begin(), events.end(), [&](const WatchEvent& a, const WatchEvent& b) {
+    return rank(a) < rank(b);
+  });
+}
+
 /// False: it is known already, or never was.
 COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
   auto it = known_.find(event.kv.key);
@@ -5731,6 +5761,7 @@ COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
     events.push_back(std::move(event));
     it = known_.erase(it);
   }
+  if (mode_ == Mode::ByAge) sort_by_age(events);
   revision_ = snapshot.revision;
   read_at_ = steady_clock::now();
   for (auto& event : events) port->push(std::move(event));
@@ -6893,7 +6924,7 @@ COORDINATION_API Result<WatchPlan<LeaderInfo>> observe_plan(const CoordinatorSta
   plan.client = state.client;
   plan.request.key = state.path("/elections/", name) + "/";
   plan.request.range_end = prefix_range_end(plan.request.key);
-  plan.mode = RangeFeed::Mode::Live;
+  plan.mode = RangeFeed::Mode::ByAge;
   plan.include_existing = true;
   plan.decode = LeaderTracker(plan.request.key);
   return plan;
@@ -7006,6 +7037,8 @@ class Registration : public std::enable_shared_from_this<Registration> {
     Txn txn;
     txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
     auto done = client_->commit(txn, Safety::Idempotent, ctx);
+    bool dead = !done && same_lease && done.error().code == ErrorCode::NotFound;
+    if (dead) return set_anew(old, std::move(service), std::move(options), ctx);
     if (!done) {
       bool maybe = done.error().outcome == Outcome::MaybeApplied;
       if (old && !same_lease && !maybe) old->take_spare();
@@ -7025,6 +7058,18 @@ class Registration : public std::enable_shared_from_this<Registration> {
     }
     tell(RegistrationEvent::Registered);
     return {};
+  }
+
+  /// The lease had died, and nobody had noticed yet.
+  Result<void> set_anew(const OwnedKeyPtr& old, ServiceInfo service, RegisterOptions options,
+                        const Context& ctx) {
+    swap_owned(nullptr);
+    if (old->begin_release()) old->give_up_leases();
+    auto done = set_in_turn(std::move(service), std::move(options), ctx);
+    if (done || ended_) return done;
+    swap_owned(old);
+    heal_later(milliseconds(0));  // with what was registered before
+    return done;
   }
 
   void own(const LeasePtr& lease, std::int64_t revision) {
@@ -8069,7 +8114,8 @@ class TxnWrites {
 
   bool removes(const std::string& key) const {
     return std::any_of(removed_.begin(), removed_.end(), [&](const RemoveRequest& range) {
-      return key == range.key || in_range(key, range.key, range.range_end);
+      if (range.range_end.empty()) return key == range.key;
+      return key >= range.key && key < range.range_end;  // "\0" is not the end of all here
     });
   }
 
@@ -8309,24 +8355,27 @@ class Mvcc {
 
   void finish() { revision_ = head(); }
 
-  Record find(const std::string& key) const {
+  // The version that `revision` saw; null if there was none.
+  static Record version_at(const History& history, std::int64_t revision) {
+    const auto newer = [](std::int64_t limit, const Record& kv) {
+      return limit < kv->mod_revision;
+    };
+    const auto next = std::upper_bound(history.begin(), history.end(), revision, newer);
+    if (next == history.begin() || (*std::prev(next))->version == 0) return nullptr;
+    return *std::prev(next);
+  }
+
+  Record find(const std::string& key, std::int64_t revision) const {
     const auto it = keys_.find(key);
-    return it == keys_.end() || it->second.back()->version == 0 ? nullptr : it->second.back();
+    return it == keys_.end() ? nullptr : version_at(it->second, revision);
   }
 
   std::vector<const KeyValue*> select(const std::string& key, const std::string& range_end,
                                       std::int64_t revision) const {
-    const auto newer = [](std::int64_t limit, const Record& kv) {
-      return limit < kv->mod_revision;
-    };
     std::vector<const KeyValue*> result;
     for (auto it = keys_.lower_bound(key); it != keys_.end(); ++it) {
       if (!in_range(it->first, key, range_end)) break;
-      const History& history = it->second;
-      const auto next = std::upper_bound(history.begin(), history.end(), revision, newer);
-      if (next != history.begin() && (*std::prev(next))->version != 0) {
-        result.push_back(std::prev(next)->get());
-      }
+      if (const Record kv = version_at(it->second, revision)) result.push_back(kv.get());
     }
     return result;
   }
@@ -8358,7 +8407,7 @@ class Mvcc {
   }
 
   PutResponse apply(const PutRequest& request) {
-    const Record prev = find(request.key);
+    const Record prev = find(request.key, head());
     auto kv = std::make_shared<KeyValue>();
     kv->key = request.key;
     kv->value = request.ignore_value ? prev->value : request.value;
@@ -8366,7 +8415,7 @@ class Mvcc {
     kv->mod_revision = revision_ + 1;
     kv->create_revision = prev ? prev->create_revision : revision_ + 1;
     kv->version = prev ? prev->version + 1 : 1;
-    record(std::move(kv), prev);
+    record(std::move(kv));
 
     PutResponse response;
     response.revision = head();
@@ -8381,18 +8430,21 @@ class Mvcc {
       auto kv = std::make_shared<KeyValue>();
       kv->key = prev->key;
       kv->mod_revision = revision_ + 1;
-      record(std::move(kv), find(prev->key));
+      record(std::move(kv));
       ++response.deleted;
     }
     response.revision = head();
     return response;
   }
 
-  void record(Record kv, Record prev) {
-    if (prev && prev->lease != 0) leases_.at(prev->lease).keys.erase(kv->key);
+  void record(Record kv) {
+    const Record last = find(kv->key, head());
+    if (last && last->lease != 0) leases_.at(last->lease).keys.erase(kv->key);
     if (kv->lease != 0) leases_.at(kv->lease).keys.insert(kv->key);
+    // What a watch calls prev_kv is older than the whole txn, and none if the key is new.
+    Record before = kv->version == 1 ? nullptr : find(kv->key, revision_);
     keys_[kv->key].push_back(kv);
-    changes_.push_back({std::move(kv), std::move(prev)});
+    changes_.push_back({std::move(kv), std::move(before)});
   }
 
   bool lacks_lease(const PutRequest& request) const {
@@ -8400,7 +8452,7 @@ class Mvcc {
   }
 
   bool lacks_key(const PutRequest& request) const {
-    return (request.ignore_value || request.ignore_lease) && !find(request.key);
+    return (request.ignore_value || request.ignore_lease) && !find(request.key, revision_);
   }
 
   // In a Txn etcd looks for the key first.

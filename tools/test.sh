@@ -91,6 +91,7 @@ finish() {
   exit "$status"
 }
 trap finish EXIT
+trap 'exit 130' INT TERM
 
 phase "install what is missing" install_missing
 phase "find an etcd 3.5" find_etcd35
@@ -100,7 +101,7 @@ status=0
 phase "dev: build" build_preset dev
 phase "dev: test" run_tests dev || status=1
 
-# One sanitizer with each compiler, so that both compile everything.
+# The sanitizers with the other compiler, if it can: so both compile everything.
 options=()
 if echo 'int main() {}' | clang++ -fsanitize=address -x c++ - -o "$build/probe" 2> /dev/null; then
   options=(-DCMAKE_CXX_COMPILER=clang++)
@@ -111,7 +112,7 @@ phase "asan: test" run_tests asan || status=1
 # ThreadSanitizer needs addresses where it expects them.
 wrapper=()
 if setarch -R true 2> /dev/null; then wrapper=(setarch -R); fi
-phase "tsan: build" build_preset tsan
+phase "tsan: build" build_preset tsan "${options[@]}"
 phase "tsan: test" run_tests tsan "${wrapper[@]}" || status=1
 
 exit "$status"

@@ -85,10 +85,9 @@ CONFORMANCE("a user may touch the keys under his prefix, root all") {
   check_denied(e.bob.remove("a/x"));
   check_denied(e.bob.range(prefix_range("b")));
   check_denied(e.bob.range({{"key", b64("b/")}, {"range_end", b64(std::string(1, '\0'))}}));
-  check_denied(e.bob.range({{"key", b64(std::string(1, '\0'))},
-                            {"range_end", b64(std::string(1, '\0'))}}));
-  CHECK(e.root.range({{"key", b64(std::string(1, '\0'))},
-                      {"range_end", b64(std::string(1, '\0'))}})
+  check_denied(
+      e.bob.range({{"key", b64(std::string(1, '\0'))}, {"range_end", b64(std::string(1, '\0'))}}));
+  CHECK(e.root.range({{"key", b64(std::string(1, '\0'))}, {"range_end", b64(std::string(1, '\0'))}})
             .status == 200);
   CHECK(e.root.get("a/x").status == 200);
 }
@@ -203,7 +202,8 @@ CONFORMANCE("watches without the right are refused one by one") {
     const auto at = static_cast<std::size_t>(i);
     check_refused(none.results()[at], std::string("InvalidArgument desc = ") + kNoUser);
     check_refused(bad.results()[at], std::string("Unauthenticated desc = ") + kBadToken);
-    if (i != 1) check_refused(some.results()[at], std::string("PermissionDenied desc = ") + kDenied);
+    if (i != 1)
+      check_refused(some.results()[at], std::string("PermissionDenied desc = ") + kDenied);
   }
   CHECK(number(some.results()[1], "watch_id") == 1);
   e.root.put("b/x", "1");

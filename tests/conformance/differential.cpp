@@ -98,15 +98,16 @@ class Generator {
     add_range(range);
     if (chance(20)) range["revision"] = revision(now);
     if (chance(25)) range["limit"] = std::to_string(below(6));
-    if (chance(40)) range["sort_target"] = std::vector<const char*>{
-        "KEY", "VERSION", "CREATE", "MOD", "VALUE"}[below(5)];
-    if (chance(40)) range["sort_order"] = std::vector<const char*>{"NONE", "ASCEND",
-                                                                   "DESCEND"}[below(3)];
+    if (chance(40))
+      range["sort_target"] =
+          std::vector<const char*>{"KEY", "VERSION", "CREATE", "MOD", "VALUE"}[below(5)];
+    if (chance(40))
+      range["sort_order"] = std::vector<const char*>{"NONE", "ASCEND", "DESCEND"}[below(3)];
     for (const char* flag : {"keys_only", "count_only", "serializable"}) {
       if (chance(10)) range[flag] = true;
     }
-    for (const char* filter : {"min_mod_revision", "max_mod_revision", "min_create_revision",
-                               "max_create_revision"}) {
+    for (const char* filter :
+         {"min_mod_revision", "max_mod_revision", "min_create_revision", "max_create_revision"}) {
       if (chance(8)) range[filter] = revision(now);
     }
     return range;
@@ -121,17 +122,24 @@ class Generator {
     Json compare;
     add_range(compare);
     if (chance(70)) compare.erase("range_end");
-    compare["result"] =
-        std::vector<const char*>{"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}[below(4)];
+    compare["result"] = std::vector<const char*>{"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}[below(4)];
     switch (below(5)) {
-      case 0: compare["target"] = "VERSION", compare["version"] = std::to_string(below(4)); break;
+      case 0:
+        compare["target"] = "VERSION", compare["version"] = std::to_string(below(4));
+        break;
       case 1:
         compare["target"] = "CREATE";
         compare["create_revision"] = chance(50) ? "0" : revision(now);
         break;
-      case 2: compare["target"] = "MOD", compare["mod_revision"] = revision(now); break;
-      case 3: compare["target"] = "VALUE", compare["value"] = b64(value()); break;
-      default: compare["target"] = "LEASE", compare["lease"] = chance(50) ? "0" : lease(); break;
+      case 2:
+        compare["target"] = "MOD", compare["mod_revision"] = revision(now);
+        break;
+      case 3:
+        compare["target"] = "VALUE", compare["value"] = b64(value());
+        break;
+      default:
+        compare["target"] = "LEASE", compare["lease"] = chance(50) ? "0" : lease();
+        break;
     }
     return compare;
   }
@@ -167,6 +175,18 @@ class Generator {
   std::int64_t first_lease_;
 };
 
+struct Totals {
+  std::size_t requests{0}, refused{0}, watches{0}, events{0};
+
+  Totals& operator+=(const Totals& other) {
+    requests += other.requests;
+    refused += other.refused;
+    watches += other.watches;
+    events += other.events;
+    return *this;
+  }
+};
+
 /// One sequence of requests to a MemoryEtcd and a real etcd.
 class Comparison {
  public:
@@ -175,8 +195,10 @@ class Comparison {
         memory_(std::make_shared<coordination::MemoryEtcd>(), "http://memory"),
         real_(real.gateway()),
         prefix_("d" + std::to_string(seed) + real.prefix()),
-        lease_(1000000 + 10 * static_cast<std::int64_t>(seed) + 100000000 * real.version()),
+        lease_(1000000 + 10 * static_cast<std::int64_t>(seed)),
         generate_(seed, prefix_, lease_) {}
+
+  const Totals& totals() const { return totals_; }
 
   /// Empty if all was the same, else what was not.
   std::string run(int operations) {
@@ -222,28 +244,28 @@ class Comparison {
     same_lines({{"ID", id}}, {{"ID", generate_.never_granted()}});
   }
 
-  // What a watch is told of the values before depends on whether compaction came first.
+  // etcd reads the prev_kv of an event when it sends it: not before all have been sent may their
+  // history go.
   void compact() {
     catch_up();
-    const auto target = compacted_ - 1 + static_cast<std::int64_t>(generate_.below(
-                                             static_cast<std::uint64_t>(now() - compacted_) + 4));
+    const auto span = static_cast<std::uint64_t>(now() - compacted_) + 4;
+    const auto target = compacted_ - 1 + static_cast<std::int64_t>(generate_.below(span));
     same("/v3/kv/compaction", {{"revision", std::to_string(target)}});
     if (target > compacted_ && target <= now()) compacted_ = target;
   }
 
-  // A second watch on a key that has just been written shows when the first has caught up: etcd
-  // takes them together.
+  // Beside the watch there is another, of a past write of the sync key. etcd takes watches that
+  // have to catch up together: when that one has its event, the first is up to date as well.
   void watch() {
     same("/v3/kv/put", {{"key", b64(prefix_ + "sync")}});
-    const auto present = now();
     const bool from_now = generate_.chance(30);
-    auto start = from_now ? 0 : std::max<std::int64_t>(1, std::stoll(generate_.revision(present)));
+    auto start = from_now ? 0 : std::max<std::int64_t>(1, std::stoll(generate_.revision(now())));
     if (start == compacted_ && subject_.has(Quirk::CompactionEatsDelete)) ++start;
     Json create = generate_.watch(start);
     create["watch_id"] = "1";
     Json sync = {{"key", b64(prefix_ + "sync")},
                  {"watch_id", "2"},
-                 {"start_revision", std::to_string(present)}};
+                 {"start_revision", std::to_string(now())}};
     WatchPair pair;
     pair.text = create.dump();
     pair.memory = std::make_unique<WatchCall>(
@@ -253,84 +275,85 @@ class Comparison {
     pair.real = std::make_unique<WatchCall>(
         real_, Jsons{{{"create_request", create}}, {{"create_request", sync}}});
     for (const auto* call : {&pair.memory, &pair.real}) {
-      if ((*call)->events(2, 1).empty()) difference_ = "no answer to a watch: " + pair.text;
+      if (!(*call)->wait_lines(2)) difference_ = "no answer to a watch: " + pair.text;
     }
     watches_.push_back(std::move(pair));
-    ++requests_;
+    ++totals_.watches;
   }
 
-  /// Waits until the real etcd has sent all events that MemoryEtcd has.
+  /// Waits until all watches have been sent all that there is.
   void catch_up() {
+    if (watches_.empty()) return;
+    same("/v3/kv/put", {{"key", b64(prefix_ + "sync")}});
+    const auto revision = now();
     for (const WatchPair& pair : watches_) {
-      // MemoryEtcd has queued them before it answered the write; its thread has to send them, too.
-      const auto have = [&] { return pair.memory->events(1, 0).size(); };
-      const auto sentinel = pair.memory->events(2, 0).size();
-      static_cast<void>(sentinel);
-      pair.real->events(1, have());
+      wait_for(*pair.memory, revision);
+      wait_for(*pair.real, revision + offset_);
     }
   }
 
-  /// Writes every key so that each watch has something to end with, and compares what they got.
+  void wait_for(const WatchCall& call, std::int64_t revision) {
+    const bool seen = call.lines().wait(
+        [&](const auto& lines) {
+          return std::any_of(lines.rbegin(), lines.rend(), [&](const Json& line) {
+            const Json& result = line["result"];
+            return number(result, "watch_id") == 2 && result.contains("events") &&
+                   number(result["events"].back()["kv"], "mod_revision") == revision;
+          });
+        },
+        support::lenient(20s));
+    if (!seen && difference_.empty()) difference_ = "an event of the sync key is missing";
+  }
+
   void end() {
-    for (int i = 0; i < Generator::kKeys; ++i) {
-      same("/v3/kv/put", {{"key", b64(generate_.key(i))}, {"value", b64("last")}});
-    }
-    same("/v3/kv/deleterange", {{"key", b64(prefix_)},
-                                {"range_end", b64(coordination::prefix_range_end(prefix_))}});
+    catch_up();
     for (const WatchPair& pair : watches_) compare_watch(pair);
     for (int i = 0; i < 5; ++i) same("/v3/lease/revoke", {{"ID", std::to_string(lease_ + i)}});
   }
 
   void compare_watch(const WatchPair& pair) {
-    // Without filters for one key at least, the last event of both is that of the last delete or
-    // put; a compacted watch has none, but an end.
-    const auto over = [&](const WatchCall& call, std::int64_t offset) {
-      Json summary = Json::array();
-      call.lines().wait([&](const auto&) { return true; }, 0ms);
-      for (const Json& result : call.results()) {
-        if (number(result, "watch_id") != 1 && number(result, "watch_id") != -1) continue;
-        for (const char* field : {"created", "canceled", "compact_revision", "cancel_reason"}) {
-          if (result.contains(field)) summary.push_back({{field, result[field]}});
-        }
-        for (const Json& event : result.value("events", Json::array())) summary.push_back(event);
+    const Json mine = summary(*pair.memory, 0), theirs = summary(*pair.real, offset_);
+    totals_.events += mine.size();
+    if (mine == theirs || !difference_.empty()) return;
+    difference_ =
+        "watch " + pair.text + "\nMemoryEtcd: " + mine.dump() + "\nreal etcd:  " + theirs.dump();
+  }
+
+  /// What the first watch of a stream has been told, in order.
+  static Json summary(const WatchCall& call, std::int64_t offset) {
+    Json summary = Json::array();
+    for (const Json& result : call.results()) {
+      if (number(result, "watch_id") == 2) continue;
+      for (const char* field : {"created", "canceled", "compact_revision", "cancel_reason"}) {
+        if (result.contains(field)) summary.push_back({{field, result[field]}});
       }
-      shift_revisions(summary, -offset);
-      return summary;
-    };
-    Json mine, theirs;
-    const bool same = support::wait_until(
-        [&] {
-          mine = over(*pair.memory, 0);
-          theirs = over(*pair.real, offset_);
-          return mine == theirs;
-        },
-        support::lenient(5s));
-    if (!same && difference_.empty()) {
-      difference_ = "watch " + pair.text + "\nMemoryEtcd: " + mine.dump() +
-                    "\nreal etcd:  " + theirs.dump();
+      for (const Json& event : result.value("events", Json::array())) summary.push_back(event);
     }
+    shift_revisions(summary, -offset);
+    return summary;
   }
 
   void same(const char* path, const Json& request) {
-    ++requests_;
+    ++totals_.requests;
     Json shifted = request;
     shift_revisions(shifted, offset_);
     const Reply mine = memory_.call(path, request), theirs = real_.call(path, shifted);
     const bool same_status =
         mine.status == theirs.status ||
         (theirs.status == 412 && mine.code() == 9 && subject_.has(Quirk::PreconditionIs412));
+    if (mine.status != 200) ++totals_.refused;
     bool same = same_status && mine.code() == theirs.code() && mine.message() == theirs.message();
     if (same && mine.status == 200) {
       same = comparable(mine.json, 0) == comparable(theirs.json, offset_);
     }
     if (same || !difference_.empty()) return;
-    difference_ = "request " + std::to_string(requests_) + ": " + path + " " + request.dump() +
-                  "\nMemoryEtcd: " + mine.body + "\nreal etcd (" + std::to_string(offset_) +
-                  " further): " + theirs.body;
+    difference_ = "request " + std::to_string(totals_.requests) + ": " + path + " " +
+                  request.dump() + "\nMemoryEtcd: " + mine.body + "\nreal etcd (" +
+                  std::to_string(offset_) + " further): " + theirs.body;
   }
 
   void same_lines(const Json& one, const Json& two) {
-    ++requests_;
+    ++totals_.requests;
     const std::string body = one.dump() + two.dump() + one.dump();
     const auto mine = memory_.stream("/v3/lease/keepalive", body);
     const auto theirs = real_.stream("/v3/lease/keepalive", body);
@@ -348,7 +371,7 @@ class Comparison {
   Generator generate_;
   std::int64_t offset_{0};
   std::int64_t compacted_{0};
-  int requests_{0};
+  Totals totals_;
   std::vector<WatchPair> watches_;
   std::string difference_;
 };
@@ -363,10 +386,19 @@ CONFORMANCE("random requests are answered as MemoryEtcd answers them") {
   const int seeds = only ? 1 : support::scaled(kSeeds);
   std::printf("%s: %d x %d random requests, seeds from %llu\n", etcd.name().c_str(), seeds,
               operations, static_cast<unsigned long long>(base));
+  Totals totals;
   for (int i = 0; i < seeds; ++i) {
     const std::uint64_t seed = base + static_cast<std::uint64_t>(i);
-    const std::string difference = Comparison(etcd, seed).run(operations);
+    Comparison comparison(etcd, seed);
+    const std::string difference = comparison.run(operations);
     INFO("repeat with COORDINATION_SEED=", seed);
     REQUIRE(difference == "");
+    totals += comparison.totals();
   }
+  std::printf("%s: %zu requests, %zu of them refused; %zu watches with %zu events; all the same\n",
+              etcd.name().c_str(), totals.requests, totals.refused, totals.watches, totals.events);
+  // A sequence that refuses or tells nothing would show nothing.
+  CHECK(totals.refused * 20 > totals.requests);
+  CHECK(totals.refused * 2 < totals.requests);
+  CHECK(totals.events > totals.watches);
 }

@@ -147,8 +147,8 @@ class Gateway {
   }
 
   Reply post(const std::string& path, const std::string& body,
-             const coordination::Context& ctx = coordination::Context::with_timeout(
-                 milliseconds(30000))) const {
+             const coordination::Context& ctx =
+                 coordination::Context::with_timeout(milliseconds(30000))) const {
     return to_reply(transport_->perform(request(path, body), {}, ctx));
   }
   Reply call(const std::string& path, const Json& body) const { return post(path, body.dump()); }
@@ -238,14 +238,15 @@ class WatchCall {
     for (const Json& order : orders) body += order.dump() + "\n";
     auto request = gateway.request("/v3/watch", body);
     request.headers.emplace_back("Connection", "close");
+    request.headers.emplace_back("Grpc-Metadata-hasleader", "true");
     request.idle_timeout = idle_timeout;
     thread_ = std::thread([this, &transport = gateway.transport(), request] {
       const auto sink = [this](std::string_view piece) { return lines_.feed(piece), true; };
       auto result = transport.perform(request, sink, ctx_);
       {
         const std::lock_guard<std::mutex> lock(mutex_);
-        result_ = std::make_unique<coordination::Result<coordination::HttpResponse>>(
-            std::move(result));
+        result_ =
+            std::make_unique<coordination::Result<coordination::HttpResponse>>(std::move(result));
       }
       lines_.finish();
       ended_.notify_all();

@@ -9,7 +9,8 @@ namespace {
 std::int64_t put_keys(const Gateway& g, const std::string& prefix, int count) {
   std::int64_t first = 0;
   for (int i = 0; i < count; ++i) {
-    const auto revision = g.put(prefix + "k" + std::to_string(i), "v" + std::to_string(i)).revision();
+    const auto revision =
+        g.put(prefix + "k" + std::to_string(i), "v" + std::to_string(i)).revision();
     if (i == 0) first = revision;
   }
   return first;
@@ -177,8 +178,8 @@ CONFORMANCE("filters by revision leave count alone") {
   CHECK(filtered("max_mod_revision", first + 2) == with_prefix(p, {"k1", "k2"}));
   CHECK(filtered("min_create_revision", first + 2) == with_prefix(p, {"k2", "k3"}));
   CHECK(filtered("max_create_revision", first + 1) == with_prefix(p, {"k0", "k1"}));
-  const auto limited = g.range(
-      prefix_range(p, {{"min_mod_revision", std::to_string(first + 2)}, {"limit", 2}}));
+  const auto limited =
+      g.range(prefix_range(p, {{"min_mod_revision", std::to_string(first + 2)}, {"limit", 2}}));
   CHECK(keys_of(limited) == with_prefix(p, {"k0", "k2"}));
   CHECK(is(limited.json, "more"));
 }

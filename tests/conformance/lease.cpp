@@ -57,7 +57,8 @@ CONFORMANCE("revoke deletes all keys of the lease, in one revision") {
   for (const char* name : {"c", "a", "b"}) g.put(p + name, "1", lease_field(id));
   g.put(p + "free", "1");
   const auto before = g.revision();
-  WatchCall watch(g, {create_request(1, p, {{"range_end", b64(coordination::prefix_range_end(p))}})});
+  WatchCall watch(g,
+                  {create_request(1, p, {{"range_end", b64(coordination::prefix_range_end(p))}})});
   REQUIRE(watch.wait_lines(1));
 
   const auto revoked = g.revoke(id);
@@ -208,7 +209,8 @@ CONFORMANCE("a lease that is not kept alive runs out, one that is does not") {
   g.put(p + "kept", "1", lease_field(kept));
   g.put(p + "left", "1", lease_field(left));
   const auto before = g.revision();
-  WatchCall watch(g, {create_request(1, p, {{"range_end", b64(coordination::prefix_range_end(p))}})});
+  WatchCall watch(g,
+                  {create_request(1, p, {{"range_end", b64(coordination::prefix_range_end(p))}})});
   REQUIRE(watch.wait_lines(1));
   etcd.let_pass(1500ms);
   CHECK(ttl_of(g.keep_alive({kept})[0]) == 3);

@@ -20,17 +20,17 @@
 namespace conformance {
 
 using namespace std::chrono_literals;
-using std::chrono::milliseconds;
 using gateway::b64;
 using gateway::create_request;
 using gateway::Gateway;
 using gateway::Json;
 using gateway::Jsons;
 using gateway::number;
-using gateway::revision_of;
 using gateway::Reply;
+using gateway::revision_of;
 using gateway::unb64;
 using gateway::WatchCall;
+using std::chrono::milliseconds;
 
 /// 3.4.23 = 30423.
 constexpr int version(int major, int minor, int patch) {
@@ -74,8 +74,7 @@ inline const Difference kDifferences[] = {
     {Quirk::LeasesNeedNoToken, 0, version(3, 5, 29), false,
      "later 3.5 ask for a token in lease and maintenance calls too; the exact version is unknown, "
      "3.5.16 does not and 3.5.30 does; MemoryEtcd is as strict as the strictest"},
-    {Quirk::KeysNeedNoToken, 0, version(3, 4, 99), false,
-     "3.4 tells anybody the keys of a lease"},
+    {Quirk::KeysNeedNoToken, 0, version(3, 4, 99), false, "3.4 tells anybody the keys of a lease"},
     {Quirk::NestedTxnUnchecked, 0, version(3, 5, 29), false,
      "earlier etcds do not look for permissions inside a nested txn; the exact version is unknown, "
      "3.5.16 does not and 3.5.30 does"},
@@ -166,8 +165,8 @@ class RealSubject : public Subject {
       const bool exists = reply.message().find("already exists") != std::string::npos;
       REQUIRE_MESSAGE((reply.status == 200 || exists), path << ": " << reply.body);
     };
-    for (const auto& [name, secret] : {std::pair<std::string, std::string>{"root", "root-password"},
-                                       {user, password}}) {
+    for (const auto& [name, secret] :
+         {std::pair<std::string, std::string>{"root", "root-password"}, {user, password}}) {
       must("/v3/auth/user/add", {{"name", name}, {"password", secret}});
       must("/v3/auth/role/add", {{"name", name}});
       must("/v3/auth/user/grant", {{"user", name}, {"role", name}});
@@ -241,13 +240,13 @@ inline const std::vector<std::unique_ptr<Subject>>& subjects() {
 }
 
 // CONFORMANCE("what etcd does") { ... etcd.gateway() ... } is run on every one of them.
-#define CONFORMANCE_AS(function, title)                              \
-  static void function(conformance::Subject&);                       \
-  TEST_CASE(title) {                                                 \
-    for (const auto& subject : conformance::subjects()) {            \
-      SUBCASE(subject->name().c_str()) { function(*subject); }       \
-    }                                                                \
-  }                                                                  \
+#define CONFORMANCE_AS(function, title)                        \
+  static void function(conformance::Subject&);                 \
+  TEST_CASE(title) {                                           \
+    for (const auto& subject : conformance::subjects()) {      \
+      SUBCASE(subject->name().c_str()) { function(*subject); } \
+    }                                                          \
+  }                                                            \
   static void function([[maybe_unused]] conformance::Subject& etcd)
 #define CONFORMANCE(title) CONFORMANCE_AS(DOCTEST_ANONYMOUS(conformance_case_), title)
 

@@ -73,9 +73,9 @@ CONFORMANCE("a watch tells of its creation, then of every change") {
                             {"create_revision", std::to_string(before)},
                             {"mod_revision", std::to_string(before + 1)},
                             {"version", "2"}}}});
-  CHECK(events[1] == Json{{"type", "DELETE"},
-                          {"kv",
-                           {{"key", b64(p + "a")}, {"mod_revision", std::to_string(before + 3)}}}});
+  CHECK(events[1] ==
+        Json{{"type", "DELETE"},
+             {"kv", {{"key", b64(p + "a")}, {"mod_revision", std::to_string(before + 3)}}}});
   const Json line = watch.results()[1];
   CHECK(revision_of(line) >= before + 1);
   CHECK_FALSE(line.contains("created"));
@@ -160,7 +160,7 @@ CONFORMANCE("a watch of the past replays it, one of the future waits") {
   const std::vector<std::string> all = {"PUT a=1", "PUT a=2", "DELETE a", "PUT a=3", "PUT a=4"};
   for (int id = 1; id <= 5; ++id) {
     CAPTURE(id);
-    const std::vector<std::string> expected(all.begin() + id - 1 , all.end());
+    const std::vector<std::string> expected(all.begin() + id - 1, all.end());
     CHECK(texts(watch.events(id, expected.size()), p) == expected);
   }
 }
@@ -212,8 +212,8 @@ CONFORMANCE("a watch that cannot be is refused in its turn, and the others live 
   const auto refuse = [&](const std::string& key, const std::string& end) {
     return create_request(2, key, {{"range_end", b64(end)}});
   };
-  WatchCall watch(g, {create_request(1, p + "a"), refuse(p + "b", p + "a"), refuse(p + "a", p + "a"),
-                      create_request(3, p + "a")});
+  WatchCall watch(g, {create_request(1, p + "a"), refuse(p + "b", p + "a"),
+                      refuse(p + "a", p + "a"), create_request(3, p + "a")});
   REQUIRE(watch.wait_lines(4));
   const auto results = watch.results();
   for (const std::size_t i : {1u, 2u}) {
@@ -276,7 +276,8 @@ CONFORMANCE("progress requests") {
 CONFORMANCE("progress_notify is taken, and objects that say nothing are ignored") {
   const Gateway g = etcd.gateway();
   const std::string key = etcd.prefix() + "a";
-  WatchCall watch(g, {Json::object(), {{"unknown", 1}},
+  WatchCall watch(g, {Json::object(),
+                      {{"unknown", 1}},
                       create_request(1, key, {{"progress_notify", true}, {"fragment", true}})});
   REQUIRE(watch.wait_lines(1));
   g.put(key, "1");
@@ -384,8 +385,9 @@ CONFORMANCE("compaction at the revision of a delete") {
   g.put("a", "1");
   REQUIRE(g.remove("a").revision() == 3);
   REQUIRE(g.call("/v3/kv/compaction", {{"revision", "3"}, {"physical", true}}).status == 200);
-  WatchCall watch(g, {create_request(1, "", {{"range_end", b64(std::string(1, '\0'))},
-                                             {"start_revision", "3"}})});
+  WatchCall watch(
+      g,
+      {create_request(1, "", {{"range_end", b64(std::string(1, '\0'))}, {"start_revision", "3"}})});
   const auto events = events_until_now(g, watch, 1, "z");
   const std::vector<std::string> all = {"DELETE a"};
   CHECK(texts(events, "") ==

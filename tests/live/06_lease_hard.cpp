@@ -317,14 +317,14 @@ TEST_CASE("lease: 2,000 locks and 2,000 registrations of one Coordinator, for 5 
   CHECK(onlooker.count(options.key_prefix) == static_cast<std::size_t>(2 * n));
   CHECK(most_threads <= 8);
   CHECK(per_second <= 20);
-  MESSAGE(n << " locks and " << n << " registrations, made in " << filling << " s: "
-            << per_second << " requests/s ("
-            << counter->requests("/v3/lease/keepalive") / watch.seconds() << " renewals), "
-            << most_threads << " threads, " << rss_kb() / 1024 << " MiB resident");
+  MESSAGE(n << " locks and " << n << " registrations, made in " << filling << " s: " << per_second
+            << " requests/s (" << counter->requests("/v3/lease/keepalive") / watch.seconds()
+            << " renewals), " << most_threads << " threads, " << rss_kb() / 1024
+            << " MiB resident");
   watch.reset();
   c.close().value();
-  MESSAGE("closed in " << watch.seconds() << " s, "
-                       << onlooker.gateway.leases().size() << " leases left to their TTL");
+  MESSAGE("closed in " << watch.seconds() << " s, " << onlooker.gateway.leases().size()
+                       << " leases left to their TTL");
   CHECK(watch.elapsed() < lenient(1200ms));
   crowd.locks.clear();
   CHECK(onlooker.wait_leases(0, 2 * kTtl));

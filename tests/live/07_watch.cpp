@@ -147,7 +147,9 @@ TEST_CASE_FIXTURE(Fixture, "watch: many events of one transaction, and bytes") {
   CHECK(order == "abcdefghijklmnopqrst");
 }
 
-TEST_CASE_FIXTURE(Fixture, "watch: a compacted start is told with the oldest revision left") {
+TEST_CASE_FIXTURE(
+    Fixture,
+    "watch: a compacted start is told, with the revision from which on nothing is missing") {
   const auto start = client.put(dir + "a", "1").value().revision;
   const auto kept = client.put(dir + "a", "2").value().revision;
   client.compact(kept).value();
@@ -158,10 +160,12 @@ TEST_CASE_FIXTURE(Fixture, "watch: a compacted start is told with the oldest rev
       watch ? watch->next(Context::with_timeout(kSoon)) : Result<WatchEvent>(watch.error());
   REQUIRE_FALSE(event);
   CHECK(event.error().code == ErrorCode::Compacted);
-  CHECK(event.error().revision == kept);
+  // Not the compacted revision itself: some etcds have dropped deletes from it.
+  CHECK(event.error().revision == kept + 1);
+  client.put(dir + "a", "3").value();
   request.start_revision = event.error().revision;
   auto again = client.watch(request).value();
-  CHECK(take(again, 1) == Texts{"PUT " + dir + "a=2"});
+  CHECK(take(again, 1) == Texts{"PUT " + dir + "a=3"});
 }
 
 TEST_CASE_FIXTURE(Fixture, "watch: cancel wakes the reader and ends the loop") {

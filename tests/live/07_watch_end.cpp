@@ -100,26 +100,23 @@ TEST_CASE_FIXTURE(Fixture, "handlers: may cancel and destroy their own watch") {
   const Hammer hammer(dir + "k");
   for (int round = 0; round < 20; ++round) {
     std::optional<Subscription> subscription;
+    std::atomic<bool> made{false};
     std::atomic<int> calls{0};
     std::atomic<long> took{-1};
-    std::mutex made;
-    {
-      std::lock_guard<std::mutex> hold(made);
-      subscription = client
-                         .watch(all(),
-                                [&](const WatchEvent&) {
-                                  std::lock_guard<std::mutex> wait(made);
-                                  ++calls;
-                                  took = static_cast<long>(time_of([&] {
-                                                             if (round % 2 == 0) {
-                                                               subscription->cancel();
-                                                             } else {
-                                                               subscription.reset();
-                                                             }
-                                                           }).count());
-                                })
-                         .value();
-    }
+    const auto end_it = [&] {
+      if (round % 2 == 0) {
+        subscription->cancel();
+      } else {
+        subscription.reset();
+      }
+    };
+    const auto handler = [&](const WatchEvent&) {
+      wait_until([&] { return made.load(); }, lenient(5s));
+      ++calls;
+      took = static_cast<long>(time_of(end_it).count());
+    };
+    subscription = client.watch(all(), handler).value();
+    made = true;
     REQUIRE(wait_until([&] { return took >= 0; }, lenient(5s)));
     CHECK(took <= 1000);
     std::this_thread::sleep_for(5ms);

@@ -83,8 +83,8 @@ class SharedLog {
   SharedLog& operator=(const SharedLog&) = delete;
   ~SharedLog() { close(fd_); }
   void write(char kind, std::int64_t token, std::int64_t number = 0) const {
-    const auto line = kind + (" " + std::to_string(token)) + " " + who_ + " " +
-                      std::to_string(number) + "\n";
+    const auto line =
+        kind + (" " + std::to_string(token)) + " " + who_ + " " + std::to_string(number) + "\n";
     if (::write(fd_, line.data(), line.size()) < 0) std::abort();
   }
 
@@ -239,9 +239,9 @@ class CountingRun {
 
  private:
   std::unique_ptr<Process> start(int i, int rounds) {
-    return std::make_unique<Process>(
-        start_child("fencing-count-up", {etcd_.url(), "/p", folder_.path(),
-                                         "p" + std::to_string(i), std::to_string(rounds)}));
+    return std::make_unique<Process>(start_child(
+        "fencing-count-up",
+        {etcd_.url(), "/p", folder_.path(), "p" + std::to_string(i), std::to_string(rounds)}));
   }
   bool wait_for(int sections) {
     const bool there = wait_until(
@@ -279,8 +279,8 @@ TEST_CASE("fencing: a holder that was stopped for longer than its TTL [slow]") {
   SUBCASE("writes by the plain client, with guard()") { first = "guard", expected = "REFUSED"; }
   auto options = options_for(lease_etcd());
   auto c = connect(options);
-  Process child = start_child("fencing-stopped-holder",
-                              {lease_etcd().url(), options.key_prefix, first});
+  Process child =
+      start_child("fencing-stopped-holder", {lease_etcd().url(), options.key_prefix, first});
   const auto token = child.read_until("token ", lenient(5s));
   REQUIRE(token);
   child.stop_signal();

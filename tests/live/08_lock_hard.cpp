@@ -121,8 +121,10 @@ struct Chaos {
 Result<Lock> attempt(Coordinator& client, std::mt19937& random) {
   const auto some = milliseconds(random() % 30);
   switch (random() % 4) {
-    case 0: return client.lock().acquire("c", kTtl, Context::with_timeout(some));
-    case 1: return client.lock().try_acquire("c", kTtl);
+    case 0:
+      return client.lock().acquire("c", kTtl, Context::with_timeout(some));
+    case 1:
+      return client.lock().try_acquire("c", kTtl);
     case 2: {
       Context ctx;
       std::thread canceller([&] {
@@ -133,7 +135,8 @@ Result<Lock> attempt(Coordinator& client, std::mt19937& random) {
       canceller.join();
       return lock;
     }
-    default: return client.lock().acquire("c", kTtl, Context::with_timeout(lenient(20s)));
+    default:
+      return client.lock().acquire("c", kTtl, Context::with_timeout(lenient(20s)));
   }
 }
 
@@ -144,8 +147,8 @@ void chaos_worker(Coordinator& client, Chaos& chaos, unsigned seed, int rounds) 
     auto lock = attempt(client, random);
     if (!lock) {
       const auto code = lock.error().code;
-      const bool known = code == ErrorCode::Timeout || code == ErrorCode::Cancelled ||
-                         code == ErrorCode::Conflict;
+      const bool known =
+          code == ErrorCode::Timeout || code == ErrorCode::Cancelled || code == ErrorCode::Conflict;
       ++(known ? chaos.refused : chaos.wrong_errors);
       if (!known) std::printf("%s\n", why(lock).c_str());
       continue;
@@ -379,9 +382,7 @@ TEST_CASE("lock: an etcd that answers late finds nobody waiting [slow]") {
   }
   CHECK(watch.elapsed() < lenient(500ms));
   SUBCASE("for a moment") {}
-  SUBCASE("for longer than a revocation is tried") {
-    std::this_thread::sleep_for(3500ms);
-  }
+  SUBCASE("for longer than a revocation is tried") { std::this_thread::sleep_for(3500ms); }
   etcd.continue_signal();
   CHECK(onlooker.wait_count(path, 0, 4s));
   CHECK(onlooker.wait_leases(0, 6s));

@@ -38,9 +38,8 @@ struct Queue {
     wishes.push_back(std::make_unique<Wish>());
     auto& wish = *wishes.back();
     auto& lock = clients[wishes.size() % clients.size()].lock();
-    wish.future = std::async(std::launch::async, [&wish, &lock, call] {
-      return call(lock, wish.ctx);
-    });
+    wish.future =
+        std::async(std::launch::async, [&wish, &lock, call] { return call(lock, wish.ctx); });
     REQUIRE(onlooker.wait_count(path, places + 1));
     const auto last = onlooker.keys(path).back();
     wish.key = last.key;

@@ -143,9 +143,7 @@ TEST_CASE_FIXTURE(Fixture, "election: the office is lost; proclaim and resign sa
   first.on_lost(loss.handler());
   auto second = stand(b, "two");
   SUBCASE("the key was deleted") { onlooker.client().remove(first.key()).value(); }
-  SUBCASE("the lease was revoked") {
-    REQUIRE(onlooker.gateway.revoke(lease_of_key(first.key())));
-  }
+  SUBCASE("the lease was revoked") { REQUIRE(onlooker.gateway.revoke(lease_of_key(first.key()))); }
   auto next = second.get().value();
   Txn guarded;
   guarded.when(first.guard()).then(Op::put(options.key_prefix + "/x", "stale"));
@@ -257,7 +255,8 @@ TEST_CASE_FIXTURE(Fixture, "observe: as a watch, with a second observer from the
   CHECK(watch.next().error().code == ErrorCode::Cancelled);
 }
 
-TEST_CASE("observe: after a compaction of the time that it missed, it tells the difference [slow]") {
+TEST_CASE(
+    "observe: after a compaction of the time that it missed, it tells the difference [slow]") {
   TcpProxy proxy(lease_etcd().port());
   Onlooker onlooker(lease_etcd());
   auto options = options_for(lease_etcd());
@@ -274,8 +273,8 @@ TEST_CASE("observe: after a compaction of the time that it missed, it tells the 
     proxy.refuse();
     REQUIRE(first.resign());
     auto second = a.election().campaign("e", "B", kTtl).value();
-    auto third = std::async(std::launch::async,
-                            [&] { return a.election().campaign("e", "C", kTtl); });
+    auto third =
+        std::async(std::launch::async, [&] { return a.election().campaign("e", "C", kTtl); });
     REQUIRE(onlooker.wait_count(options.key_prefix + "/elections/e/", 2));
     REQUIRE(second.proclaim("B'"));
     const auto revision = onlooker.client().put(options.key_prefix + "/x", "1").value().revision;
@@ -294,8 +293,8 @@ TEST_CASE("observe: after a compaction of the time that it missed, it tells the 
     REQUIRE(chronicle.wait_last("-"));
     proxy.refuse();
     auto second = a.election().campaign("e", "B", kTtl).value();
-    auto third = std::async(std::launch::async,
-                            [&] { return a.election().campaign("e", "C", kTtl); });
+    auto third =
+        std::async(std::launch::async, [&] { return a.election().campaign("e", "C", kTtl); });
     REQUIRE(onlooker.wait_count(options.key_prefix + "/elections/e/", 2));
     REQUIRE(second.proclaim("B'"));  // changed later than C's, but older
     const auto revision = onlooker.client().put(options.key_prefix + "/x", "1").value().revision;

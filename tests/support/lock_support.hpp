@@ -44,9 +44,9 @@ class Gateway {
   explicit Gateway(std::string url) : url_(std::move(url)) {}
 
   /// The answer; null if there was none with status 200.
-  nlohmann::json post(const std::string& path, const nlohmann::json& body,
-                      const coordination::Context& ctx =
-                          coordination::Context::with_timeout(lenient(5s))) const {
+  nlohmann::json post(
+      const std::string& path, const nlohmann::json& body,
+      const coordination::Context& ctx = coordination::Context::with_timeout(lenient(5s))) const {
     coordination::HttpRequest request;
     request.endpoint = url_;
     request.path = path;
@@ -199,8 +199,8 @@ class LateTransport : public coordination::Transport {
       if (left_ > 0 && request.path == path_) {
         --left_;
         late_.push_back(request);
-        return coordination::Error{coordination::ErrorCode::Connection, "kept back by the test",
-                                   "", coordination::Outcome::MaybeApplied, 0};
+        return coordination::Error{coordination::ErrorCode::Connection, "kept back by the test", "",
+                                   coordination::Outcome::MaybeApplied, 0};
       }
     }
     return inner_->perform(request, sink, ctx);
@@ -277,7 +277,10 @@ class QueueModel {
 
   QueueModel(Rule rule, std::vector<coordination::Coordinator>& clients, Onlooker& onlooker,
              const std::string& prefix, std::string name, unsigned seed)
-      : rule_(rule), clients_(clients), onlooker_(onlooker), name_(std::move(name)),
+      : rule_(rule),
+        clients_(clients),
+        onlooker_(onlooker),
+        name_(std::move(name)),
         path_(prefix + (rule.permits > 0 ? "/semaphores/" : "/locks/") + name_ + "/"),
         random_(seed) {}
 
@@ -340,15 +343,24 @@ class QueueModel {
     switch (pick(12)) {
       case 0:
       case 1:
-      case 2: return join();
-      case 3: return queue_.empty() ? join() : unlock();
-      case 4: return time_out();
-      case 5: return waiters ? cancel() : join();
-      case 6: return waiters ? harm_waiter() : join();
-      case 7: return queue_.empty() ? join() : harm_holder();
-      case 8: return waiters ? race_with_cancel() : join();
-      case 9: return waiters ? race_with_harm() : join();
-      default: return try_it();
+      case 2:
+        return join();
+      case 3:
+        return queue_.empty() ? join() : unlock();
+      case 4:
+        return time_out();
+      case 5:
+        return waiters ? cancel() : join();
+      case 6:
+        return waiters ? harm_waiter() : join();
+      case 7:
+        return queue_.empty() ? join() : harm_holder();
+      case 8:
+        return waiters ? race_with_cancel() : join();
+      case 9:
+        return waiters ? race_with_harm() : join();
+      default:
+        return try_it();
     }
   }
 
@@ -358,7 +370,8 @@ class QueueModel {
     wish->shared = rule_.shared && pick(3) != 0;
     return wish;
   }
-  coordination::Result<coordination::Lock> call(std::size_t client, const Wish& wish, bool only_try) {
+  coordination::Result<coordination::Lock> call(std::size_t client, const Wish& wish,
+                                                bool only_try) {
     auto& lock = clients_[client].lock();
     if (rule_.permits > 0) {
       auto semaphore = lock.semaphore(name_, rule_.permits);
@@ -368,13 +381,12 @@ class QueueModel {
       return only_try ? lock.try_acquire_shared(name_, kTtl, wish.ctx)
                       : lock.acquire_shared(name_, kTtl, wish.ctx);
     }
-    return only_try ? lock.try_acquire(name_, kTtl, wish.ctx)
-                    : lock.acquire(name_, kTtl, wish.ctx);
+    return only_try ? lock.try_acquire(name_, kTtl, wish.ctx) : lock.acquire(name_, kTtl, wish.ctx);
   }
   void start(const WishPtr& wish) {
     const auto client = pick(clients_.size());
-    wish->future = std::async(std::launch::async,
-                              [this, client, wish] { return call(client, *wish, false); });
+    wish->future =
+        std::async(std::launch::async, [this, client, wish] { return call(client, *wish, false); });
   }
 
   /// Waits until one key more than the model's is there, and takes it for the wish's.
@@ -488,8 +500,8 @@ class QueueModel {
     queue_.erase(std::find(queue_.begin(), queue_.end(), next));
     const auto has_new_place = [&] { return keys().size() == queue_.size() + 1; };
     wait_until([&] { return next->ready() || has_new_place(); }, lenient(10s));
-    const bool in_time = next->ready() && *next->result &&
-                         (*next->result)->fencing_token() == next->token;
+    const bool in_time =
+        next->ready() && *next->result && (*next->result)->fencing_token() == next->token;
     if (in_time) {
       if (expect_loss(next)) check();
     } else if (find_place(next)) {

@@ -51,8 +51,8 @@ inline coordination::Error blocked(const coordination::Context& ctx, coordinatio
     if (!deaf) until = std::min(ctx.deadline().value_or(until), until);
     changed.wait_until(lock, until);
   }
-  const auto code = ctx.cancelled() ? coordination::ErrorCode::Cancelled
-                                    : coordination::ErrorCode::Timeout;
+  const auto code =
+      ctx.cancelled() ? coordination::ErrorCode::Cancelled : coordination::ErrorCode::Timeout;
   return {code, "the script did not answer", "", outcome, 0};
 }
 
@@ -71,8 +71,7 @@ inline std::string reply(std::int64_t revision, const std::string& rest = "") {
 }
 /// An error as etcd 3.5 says it.
 inline Answer etcd_error(int status, int code, const std::string& message) {
-  return answer(status,
-                "{\"code\":" + std::to_string(code) + ", \"message\":\"" + message + "\"}");
+  return answer(status, "{\"code\":" + std::to_string(code) + ", \"message\":\"" + message + "\"}");
 }
 /// The same in the words of 3.4.
 inline Answer etcd34_error(int status, int code, const std::string& message) {

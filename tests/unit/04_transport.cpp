@@ -137,8 +137,8 @@ HttpRequest post(const RawServer& server, const std::string& body = "{}") {
 }
 
 std::string http(const std::string& status, const std::string& body) {
-  return "HTTP/1.1 " + status + "\r\nContent-Length: " + std::to_string(body.size()) +
-         "\r\n\r\n" + body;
+  return "HTTP/1.1 " + status + "\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n" +
+         body;
 }
 const char* const kChunkedHead = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
 std::string chunk(const std::string& bytes) {
@@ -335,9 +335,7 @@ void check_deadline(const RawServer& server, const ChunkSink& sink) {
 TEST_CASE("transport: the deadline holds, however slowly the answer comes") {
   RawServer::Serve serve;
   SUBCASE("nothing comes") {
-    serve = after_request([](Wire& wire) {
-      wire.wait_for_end();
-    });
+    serve = after_request([](Wire& wire) { wire.wait_for_end(); });
   }
   SUBCASE("the body dribbles") {
     serve = after_request([](Wire& wire) {
@@ -421,13 +419,12 @@ TEST_CASE("transport: the sink may use the transport") {
   const RawServer other(after_request([](Wire& wire) { wire.send(http("200 OK", "{}")); }));
   const auto transport = make_default_transport();
   int good = 0;
-  const auto answer = transport->perform(
-      post(stream),
-      [&](std::string_view) {
-        if (transport->perform(post(other), nullptr, {})) ++good;
-        return true;
-      },
-      {});
+  const auto answer = transport->perform(post(stream),
+                                         [&](std::string_view) {
+                                           if (transport->perform(post(other), nullptr, {})) ++good;
+                                           return true;
+                                         },
+                                         {});
   CHECK(answer);
   CHECK(good >= 1);
 }

@@ -170,7 +170,8 @@ TEST_CASE("client: a write is not repeated once it may have been applied") {
   const Case cases[] = {
       {lost(), ErrorCode::Connection},
       {etcd_error(503, 14, "etcdserver: request timed out"), ErrorCode::Unavailable},
-      {etcd_error(503, 14, "etcdserver: request timed out, possibly due to previous leader failure"),
+      {etcd_error(503, 14,
+                  "etcdserver: request timed out, possibly due to previous leader failure"),
        ErrorCode::Unavailable},
       {etcd_error(503, 14, "etcdserver: leader changed"), ErrorCode::Unavailable},
       {etcd_error(504, 4, "context deadline exceeded"), ErrorCode::Timeout},
@@ -197,12 +198,11 @@ TEST_CASE("client: a write is not repeated once it may have been applied") {
 TEST_CASE("client: a write is repeated where it was certainly not applied") {
   Setup setup;
   auto& client = setup.client();
-  for (const auto& failure :
-       {refused(), etcd_error(503, 14, "etcdserver: no leader"),
-        etcd34_error(503, 14, "etcdserver: no leader"),
-        etcd_error(500, 2, "etcdserver: not a primary lessor"),
-        etcd_error(503, 14, "etcdserver: rpc not supported for learner"),
-        etcd_error(429, 8, "etcdserver: too many requests")}) {
+  for (const auto& failure : {refused(), etcd_error(503, 14, "etcdserver: no leader"),
+                              etcd34_error(503, 14, "etcdserver: no leader"),
+                              etcd_error(500, 2, "etcdserver: not a primary lessor"),
+                              etcd_error(503, 14, "etcdserver: rpc not supported for learner"),
+                              etcd_error(429, 8, "etcdserver: too many requests")}) {
     setup.etcd->clear();
     setup.etcd->next(kPut, failure, 2);
     const auto put = client.put("foo", "bar");
@@ -242,12 +242,13 @@ TEST_CASE("client: a repeated grant that finds its own lease is a success") {
     setup.etcd->clear();
     setup.etcd->next("/v3/lease/grant", lost());
     setup.etcd->next("/v3/lease/grant", etcd_error(status, 9, "etcdserver: lease already exists"));
-    setup.etcd->next("/v3/lease/keepalive", [&](const HttpRequest& request, const auto&,
-                                                const auto&) -> Result<HttpResponse> {
-      id = json::parse(request.body)["ID"];
-      return HttpResponse{200, "{\"result\":" + reply(3, "\"ID\":\"" + id + "\",\"TTL\":\"10\"") +
-                                   "}\n"};
-    });
+    setup.etcd->next(
+        "/v3/lease/keepalive",
+        [&](const HttpRequest& request, const auto&, const auto&) -> Result<HttpResponse> {
+          id = json::parse(request.body)["ID"];
+          return HttpResponse{
+              200, "{\"result\":" + reply(3, "\"ID\":\"" + id + "\",\"TTL\":\"10\"") + "}\n"};
+        });
     setup.etcd->always("/v3/lease/revoke", ok(reply(2)));
     const auto lease = client.grant(10s);
     REQUIRE_MESSAGE(lease, text_of(lease));
@@ -317,8 +318,8 @@ TEST_CASE("client: what etcd refuses is told once, in both shapes, and names the
 TEST_CASE("client: a future revision is waited for: the member may be behind") {
   Setup setup;
   auto& client = setup.client();
-  setup.etcd->next(
-      kRange, etcd_error(400, 11, "etcdserver: mvcc: required revision is a future revision"));
+  setup.etcd->next(kRange,
+                   etcd_error(400, 11, "etcdserver: mvcc: required revision is a future revision"));
   CHECK(client.range({"foo"}));
   CHECK(setup.etcd->count() == 2);
 }
@@ -363,8 +364,9 @@ TEST_CASE("client: another server, or a gateway that is off: the error says so a
 TEST_CASE("client: a client certificate with a CN is named as what it is") {
   Setup setup;
   auto& client = setup.client();
-  setup.etcd->next(kRange, answer(400, "CommonName of client sending a request against gateway "
-                                       "will be ignored and not used as expected\n"));
+  setup.etcd->next(kRange, answer(400,
+                                  "CommonName of client sending a request against gateway "
+                                  "will be ignored and not used as expected\n"));
   const auto range = client.range({"foo"});
   check_error(range, ErrorCode::PermissionDenied, Outcome::NotApplied);
   CHECK(mentions(range.error(), "CommonName"));
@@ -404,8 +406,7 @@ TEST_CASE("login: once, at connect; then every request has the token") {
   const auto seen = setup.etcd->seen();
   REQUIRE(seen.size() == 2);
   CHECK(seen[0].request.path == kLogin);
-  CHECK(json::parse(seen[0].request.body) ==
-        json::parse(R"({"name":"joe","password":"secret"})"));
+  CHECK(json::parse(seen[0].request.body) == json::parse(R"({"name":"joe","password":"secret"})"));
   CHECK(header(seen[0].request, "Authorization").empty());
   CHECK(header(seen[1].request, "Authorization") == "token-1");
   CHECK(setup.coordinator->client().put("a", "b"));
@@ -469,8 +470,7 @@ TEST_CASE("login: authentication that is off needs no token") {
   for (const int status : {400, 412}) {
     Guarded setup;
     setup.etcd->always(kPut, ok(reply(2)));
-    setup.etcd->always(kLogin,
-                       etcd_error(status, 9, "etcdserver: authentication is not enabled"));
+    setup.etcd->always(kLogin, etcd_error(status, 9, "etcdserver: authentication is not enabled"));
     setup.coordinator = std::make_unique<Coordinator>(connect_to(setup.options));
     CHECK(setup.coordinator->client().put("a", "b"));
     CHECK(tokens(*setup.etcd, kPut) == std::vector<std::string>{""});
@@ -491,11 +491,11 @@ TEST_CASE("login: many calls at once share one login") {
   Guarded setup;
   auto& client = setup.client();
   std::atomic<int> good{0};
-  setup.etcd->always(kPut, [&](const HttpRequest& request, const auto&,
-                               const auto&) -> Result<HttpResponse> {
-    if (header(request, "Authorization") == "token-2") return HttpResponse{200, reply(3)};
-    return HttpResponse{401, R"({"code":16,"message":"etcdserver: invalid auth token"})"};
-  });
+  setup.etcd->always(
+      kPut, [&](const HttpRequest& request, const auto&, const auto&) -> Result<HttpResponse> {
+        if (header(request, "Authorization") == "token-2") return HttpResponse{200, reply(3)};
+        return HttpResponse{401, R"({"code":16,"message":"etcdserver: invalid auth token"})"};
+      });
   std::vector<std::thread> threads;
   for (int t = 0; t < 8; ++t) {
     threads.emplace_back([&] {
@@ -638,12 +638,12 @@ TEST_CASE("time: options.timeout where the Context says nothing") {
 TEST_CASE("time: a deadline in the far future is no hurry") {
   Setup setup;
   auto& client = setup.client();
-  setup.etcd->always(kRange, [](const auto&, const auto&, const Context& ctx)
-                                 -> Result<HttpResponse> {
-    std::this_thread::sleep_for(40ms);  // longer than the grace that transports get
-    if (ctx.done()) return Error{ErrorCode::Cancelled, "done too early", "", {}, 0};
-    return HttpResponse{200, reply(1)};
-  });
+  setup.etcd->always(
+      kRange, [](const auto&, const auto&, const Context& ctx) -> Result<HttpResponse> {
+        std::this_thread::sleep_for(40ms);  // longer than the grace that transports get
+        if (ctx.done()) return Error{ErrorCode::Cancelled, "done too early", "", {}, 0};
+        return HttpResponse{200, reply(1)};
+      });
   for (const auto& far : {Context::with_deadline(std::chrono::steady_clock::time_point::max()),
                           Context::with_timeout(milliseconds::max()), Context()}) {
     const auto range = client.range({"a"}, far);
@@ -753,8 +753,8 @@ TEST_CASE("bad input: nothing is sent") {
   auto& election = setup.coordinator->election();
   auto& config = setup.coordinator->config();
   auto& registry = setup.coordinator->registry();
-  for (const char* const text : {"", "/", "/a", "a/", "a//b", "..", "a/..", "../b", "a/../b", ".",
-                                 "a/./b", "a/."}) {
+  for (const char* const text :
+       {"", "/", "/a", "a/", "a//b", "..", "a/..", "../b", "a/../b", ".", "a/./b", "a/."}) {
     const std::string key = text;
     INFO(key);
     invalid(lock.acquire(key, 10s));

@@ -388,13 +388,11 @@ TEST_CASE_FIXTURE(Fixture, "watch: a full queue rests and goes on from where it 
   request.key = "k";
   request.queue_size = 4;
   auto events = client().watch(request).value();
-  auto other = watch("other");
-  // Both on one stream: the slow one must not end it.
-  FakeStreamPtr stream;
-  while (!stream || stream->creates.size() < 2) {
-    stream = confirmed(10);
-    REQUIRE(stream->drained());
-  }
+  auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+  auto other = watch("other");  // joins it on a new stream: the slow one must not end that
+  stream = confirmed(10);
+  REQUIRE(stream->creates.size() == 2);
   std::int64_t id = 0, other_id = 0;
   for (const auto& create : stream->creates)
     (create.key == base64("k") ? id : other_id) = create.id;

@@ -14,7 +14,6 @@ namespace {
 
 constexpr const char* kTxn = "/v3/kv/txn";
 
-
 struct Setup : Cluster {
   Coordinator c{connect("one")}, d{connect("two")};
 
@@ -73,7 +72,8 @@ Waiter::Acquire shared(Coordinator& c, const std::string& key = "a") {
   return [&c, key](Context ctx) { return c.lock().acquire_shared(key, 9s, ctx); };
 }
 Waiter::Acquire permit(Coordinator& c, int permits, const std::string& key = "a") {
-  return [&c, key, permits](Context ctx) { return c.lock().semaphore(key, permits).acquire(9s, ctx); };
+  return
+      [&c, key, permits](Context ctx) { return c.lock().semaphore(key, permits).acquire(9s, ctx); };
 }
 
 bool queued(const Setup& s, std::size_t keys) {
@@ -356,8 +356,8 @@ TEST_CASE("lock: its guard keeps writes of a former holder out") {
   auto lock = s.acquire();
   CHECK(lock.put("k", "1"));
   CHECK(s.c.client().commit(Txn{}.when(lock.guard()).then(Op::put("k", "2"))).value().succeeded);
-  const auto done = lock.commit(
-      Txn{}.when(Compare::exists("k")).then(Op::get("k")).then(Op::put("n", "3")));
+  const auto done =
+      lock.commit(Txn{}.when(Compare::exists("k")).then(Op::get("k")).then(Op::put("n", "3")));
   REQUIRE_MESSAGE(done, text_of(done));
   CHECK(done->succeeded);
   CHECK(done->range(0).kvs.at(0).value == "2");
@@ -497,7 +497,8 @@ TEST_CASE("lock: with_lock") {
              ErrorCode::Lost);
   CHECK(calls == 2);
   const auto held = s.acquire();
-  check_code(s.d.lock().with_lock("a", 9s, [&](Lock&) { ++calls; }, Context::with_timeout(10ms)),
+  check_code(s.d.lock().with_lock(
+                 "a", 9s, [&](Lock&) { ++calls; }, Context::with_timeout(10ms)),
              ErrorCode::Timeout);
   CHECK(calls == 2);
 }

@@ -25,8 +25,8 @@ class Candidate {
  public:
   Candidate(Coordinator& c, const std::string& value)
       : thread_([this, &c, value] {
-          result_ = std::make_unique<Result<Leadership>>(
-              c.election().campaign("e", value, 9s, ctx_));
+          result_ =
+              std::make_unique<Result<Leadership>>(c.election().campaign("e", value, 9s, ctx_));
           done_ = true;
         }) {}
   ~Candidate() {
@@ -186,9 +186,8 @@ TEST_CASE("election: observed by a handler, through cut streams") {
   Setup s;
   Notes notes;
   auto office = s.campaign("0");
-  const auto subscription = s.d.election().observe("e", [&](const LeaderInfo& info) {
-    notes.add(info.exists() ? info.value : "nobody");
-  });
+  const auto subscription = s.d.election().observe(
+      "e", [&](const LeaderInfo& info) { notes.add(info.exists() ? info.value : "nobody"); });
   REQUIRE_MESSAGE(subscription, text_of(subscription));
   std::vector<std::string> expected{"0"};
   for (int i = 1; i < 10; ++i) {

@@ -11,8 +11,8 @@ using nlohmann::json;
 namespace {
 
 struct Setup : Cluster {
+  Notes notes;  // outlives the coordinators, whose handlers write to it
   Coordinator c{connect("one")}, d{connect("two")};
-  Notes notes;
 
   RegisterOptions noted(HealPolicy heal = HealPolicy::Restore) {
     RegisterOptions options;
@@ -30,9 +30,7 @@ struct Setup : Cluster {
   bool come_to(const std::vector<std::string>& expected) {
     return eventually([&] { return ids() == expected; });
   }
-  std::int64_t lease_of(const std::string& key) {
-    return d.client().get(key).value().lease;
-  }
+  std::int64_t lease_of(const std::string& key) { return d.client().get(key).value().lease; }
 };
 
 ServiceInfo web(const std::string& id, int port = 80, milliseconds ttl = 9s) {
@@ -90,8 +88,10 @@ TEST_CASE("registry: a record that cannot be read is skipped and logged") {
   CHECK(s.c.registry().register_service(web("w1")));
   s.d.client().put("/services/web/bad", "{not json").value();
   s.d.client().put("/services/web/port", R"({"id":"p","name":"web","port":99999})").value();
-  s.d.client().put("/services/web/w3", R"({"id":"w3","name":"web","address":"h","port":3,)"
-                                       R"("metadata":null,"ttl":5000000000})").value();
+  s.d.client()
+      .put("/services/web/w3", R"({"id":"w3","name":"web","address":"h","port":3,)"
+                               R"("metadata":null,"ttl":5000000000})")
+      .value();
   const auto found = c.registry().discover("web").value();
   REQUIRE(found.size() == 2);
   CHECK(found[0].id == "w1");
@@ -157,6 +157,7 @@ TEST_CASE("registry: registered again, the record is replaced in one step") {
   CHECK(s.d.registry().discover("web").value().at(0) == web("w1", 3, 20s));
   s.etcd->advance(9s);
   CHECK(s.ids() == std::vector<std::string>{"w1"});
+  CHECK(eventually([&] { return s.notes.size() == 3; }));  // unregister drops what was not told
   CHECK(s.c.registry().unregister("w1"));
   CHECK(next(watch) == "DELETE w1:3");
   CHECK(s.notes.lines() == std::vector<std::string>(3, "REGISTERED w1"));
@@ -190,8 +191,7 @@ TEST_CASE("registry: it comes back after the loss of its lease") {
   s.etcd->advance(3001ms);  // the next renewal finds out
   CHECK(s.come_to({"w1"}));
   CHECK(eventually([&] { return s.notes.size() == 3; }));
-  CHECK(s.notes.lines() ==
-        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
   CHECK(s.lease_of("/services/web/w1") != lease);
   CHECK(s.etcd->leases().size() == 1);
 }
@@ -203,8 +203,7 @@ TEST_CASE("registry: it comes back after somebody has deleted it") {
   s.d.client().remove("/services/web/w1").value();
   CHECK(eventually([&] { return s.notes.size() == 3; }));
   CHECK(s.ids() == std::vector<std::string>{"w1"});
-  CHECK(s.notes.lines() ==
-        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
   CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
 }
 
@@ -214,6 +213,7 @@ TEST_CASE("registry: it comes back after an etcd that has lost its data") {
   CHECK(s.c.registry().register_service(web("w2"), s.noted()));
   CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
   s.etcd->restart_empty();
+  s.etcd->advance(3001ms);  // the next renewal finds out, if the end of the stream has not
   CHECK(s.come_to({"w1", "w2"}));
 }
 
@@ -227,8 +227,7 @@ TEST_CASE("registry: it comes back after a partition") {
   s.etcd->heal();
   CHECK(s.come_to({"w1"}));
   CHECK(eventually([&] { return s.notes.size() == 3; }));
-  CHECK(s.notes.lines() ==
-        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
 }
 
 TEST_CASE("registry: NotifyOnly stays away, until it is registered again") {
@@ -269,8 +268,7 @@ TEST_CASE("registry: one that was replaced while it was cut off gives way") {
   CHECK(eventually([&] { return s.notes.size() == 2; }));
   s.etcd->heal();
   CHECK(eventually([&] { return s.notes.size() == 3; }));
-  CHECK(s.notes.lines() ==
-        std::vector<std::string>{"REGISTERED w1", "LOST w1", "REPLACED w1"});
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REPLACED w1"});
   CHECK(s.d.registry().discover("web").value().at(0).port == 2);
   CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
 }

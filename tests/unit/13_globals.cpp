@@ -57,7 +57,8 @@ TEST_CASE("globals: options can be set while there is none in use") {
   check_code(set_default_options(bad), ErrorCode::Validation);
 }
 
-TEST_CASE("globals: closed, what was handed out answers Cancelled, and the next use makes another") {
+TEST_CASE(
+    "globals: closed, what was handed out answers Cancelled, and the next use makes another") {
   Setup s;
   const auto old = default_coordinator().value();
   auto lock = acquire_lock("a", 9s).value();
@@ -115,9 +116,8 @@ TEST_CASE("globals: configuration") {
   Setup s;
   Notes notes;
   auto watch = watch_config("app/k").value();
-  const auto subscription = watch_config("app/k", [&](const ConfigEvent& event) {
-    notes.add(event.value.dump());
-  });
+  const auto subscription =
+      watch_config("app/k", [&](const ConfigEvent& event) { notes.add(event.value.dump()); });
   REQUIRE_MESSAGE(subscription, text_of(subscription));
   CHECK(set_config("app/k", {{"a", 1}}));
   CHECK(get_config("app/k").value() == nlohmann::json{{"a", 1}});

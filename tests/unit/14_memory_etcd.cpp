@@ -93,7 +93,8 @@ TEST_CASE_FIXTURE(Fixture, "fail_request fails the request with this number, str
   CHECK(etcd->requests() == 5);
 }
 
-TEST_CASE_FIXTURE(Fixture, "no_leader answers so many requests as an etcd that has lost its quorum") {
+TEST_CASE_FIXTURE(Fixture,
+                  "no_leader answers so many requests as an etcd that has lost its quorum") {
   etcd->no_leader(3);
   const auto put = gateway.put("a", "1");
   CHECK(put.status == 503);
@@ -108,6 +109,20 @@ TEST_CASE_FIXTURE(Fixture, "no_leader answers so many requests as an etcd that h
   CHECK(Json::parse((*watch.end())->body)["error"] == put.json);
   CHECK(gateway.put("b", "1").status == 200);
   CHECK(etcd->keys() == std::vector<std::string>{"b"});
+}
+
+TEST_CASE_FIXTURE(Fixture, "a fault can be for one kind of request alone") {
+  etcd->fail_next(1, "/v3/kv/put");
+  etcd->drop_replies(1, "/v3/kv/deleterange");
+  etcd->no_leader(1, "/v3/lease/grant");
+  CHECK(gateway.get("a").status == 200);
+  CHECK(gateway.grant(1, 10).status == 503);
+  CHECK(gateway.grant(1, 10).status == 200);
+  check_refused(gateway.put("a", "1"));
+  CHECK(gateway.put("a", "1").status == 200);
+  check_lost(gateway.remove("a"));
+  CHECK(gateway.remove("a").status == 200);
+  CHECK(etcd->keys().empty());
 }
 
 TEST_CASE_FIXTURE(Fixture, "delay makes answers late, and the caller's Context ends the wait") {
@@ -388,8 +403,8 @@ TEST_CASE_FIXTURE(Fixture, "a stream ends with its Context, its deadline, or for
 
 TEST_CASE("a MemoryEtcd that goes away ends its streams") {
   auto etcd = std::make_unique<MemoryEtcd>();
-  const auto request = Gateway(nullptr, "http://one").request(
-      "/v3/watch", create_request(1, "a").dump());
+  const auto request =
+      Gateway(nullptr, "http://one").request("/v3/watch", create_request(1, "a").dump());
   std::atomic<bool> opened{false};
   std::atomic<bool> lost{false};
   std::thread watcher([&, raw = etcd.get()] {

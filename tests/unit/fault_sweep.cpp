@@ -30,12 +30,17 @@ class Sweeper : public Transport {
       return etcd_->perform(request, sink, ctx);
     }
     switch (fault_) {
-      case Fault::Refused: return failed(Outcome::NotApplied);
-      case Fault::ReplyLost: return lose_reply(request, ctx);
+      case Fault::Refused:
+        return failed(Outcome::NotApplied);
+      case Fault::ReplyLost:
+        return lose_reply(request, ctx);
       case Fault::NoLeader:
         return HttpResponse{503, R"({"code":14, "message":"etcdserver: no leader"})"};
-      case Fault::TokenDead: etcd_->invalidate_tokens(); break;
-      case Fault::StreamsCut: return cut(request, sink, ctx);
+      case Fault::TokenDead:
+        etcd_->invalidate_tokens();
+        break;
+      case Fault::StreamsCut:
+        return cut(request, sink, ctx);
     }
     return etcd_->perform(request, sink, ctx);
   }
@@ -80,8 +85,7 @@ class World {
   const std::shared_ptr<Sweeper> sweeper;
   std::optional<Coordinator> other, actor;
 
-  World(Fault fault, int n, int burst)
-      : sweeper(std::make_shared<Sweeper>(etcd, fault, n, burst)) {
+  World(Fault fault, int n, int burst) : sweeper(std::make_shared<Sweeper>(etcd, fault, n, burst)) {
     etcd->enable_auth("pw");
     other.emplace(connect_to(options(etcd, "other:1")));
   }
@@ -106,9 +110,10 @@ class World {
   }
   /// The state is `after` if the call succeeded, `before` if it was not applied, else one of them.
   template <class T>
-  void agrees(const Result<T>& result, const std::string& now, const std::string& before,
+  void agrees(const Result<T>& result, const std::string& key, const std::string& before,
               const std::string& after) {
     is_true(result);
+    const auto now = value(key);
     if (result) {
       CHECK(now == after);
     } else if (result.error().outcome == Outcome::NotApplied) {
@@ -161,6 +166,8 @@ int sweep(const char* name, const Scenario& scenario) {
   int points = 0;
   for (int kind = 0; kind < 5; ++kind) {
     for (const int burst : {1, 3}) {
+      if (burst > 1 && static_cast<Fault>(kind) == Fault::TokenDead)
+        continue;  // none lives so short
       for (int n = 1;; ++n) {
         INFO(std::string(name) << ": " << std::string(kFaultNames[kind]) << " at request " << n
                                << ", " << burst << " times");
@@ -184,11 +191,13 @@ void check_held(World& world, Lock& lock) {
   CHECK(world.has(lock.key()));
 }
 
-void unlock(World& world, Lock& lock) {
+/// False if it may still be there: then the next one may find it so.
+bool unlock(World& world, Lock& lock) {
   const auto unlocked = lock.unlock();
   CHECK_FALSE(lock.held());
   world.is_true(unlocked);
   if (unlocked) CHECK_FALSE(world.has(lock.key()));
+  return unlocked.has_value();
 }
 
 void exclusive(World& world) {
@@ -204,7 +213,7 @@ void exclusive(World& world) {
   world.is_true(moved);
   check_held(world, *lock);
   CHECK(world.other->client().get(lock->key()).value().create_revision == token);
-  world.agrees(lock->put("k", "1"), world.value("k"), "none", "1");
+  world.agrees(lock->put("k", "1"), "k", "none", "1");
   unlock(world, *lock);
 }
 
@@ -213,7 +222,7 @@ void try_exclusive(World& world) {
     auto lock = world.actor->lock().try_acquire("a", 9s);
     if (!world.is_true(lock)) return;
     check_held(world, *lock);
-    unlock(world, *lock);
+    if (!unlock(world, *lock)) return;
   }
 }
 
@@ -236,7 +245,7 @@ void semaphore(World& world) {
   if (world.is_true(one)) {
     check_held(world, *one);
     CHECK_FALSE(world.other->lock().semaphore("a", 2).try_acquire(9s));
-    unlock(world, *one);
+    if (!unlock(world, *one)) return;
   }
   auto two = permits.try_acquire(9s);
   if (world.is_true(two)) check_held(world, *two);
@@ -269,7 +278,7 @@ void election(World& world) {
   auto office = elections.campaign("e", "one", 9s);
   if (!world.is_true(office)) return;
   CHECK(office->held());
-  world.agrees(office->proclaim("two"), world.value(office->key()), "one", "two");
+  world.agrees(office->proclaim("two"), office->key(), "one", "two");
   const auto leader = elections.leader("e");
   if (world.is_true(leader)) CHECK(leader->key == office->key());
   const auto resigned = office->resign();
@@ -304,17 +313,16 @@ void registry(World& world) {
 
 void config(World& world) {
   auto& values = world.actor->config();
-  world.agrees(values.set("k", "one"), world.value("/config/k"), "none", "one");
+  world.agrees(values.set("k", "one"), "/config/k", "none", "one");
   world.other->config().set("k", "two").value();
   const auto entry = values.get_entry("k");
   if (world.is_true(entry)) CHECK(entry->value == "two");
   const auto revision = world.other->config().get_entry("k").value().revision;
-  world.agrees(values.compare_and_set("k", revision, "three"), world.value("/config/k"), "two",
-               "three");
+  world.agrees(values.compare_and_set("k", revision, "three"), "/config/k", "two", "three");
   const auto list = values.list("");
   if (world.is_true(list)) CHECK(*list == std::vector<std::string>{"k"});
   world.other->config().set("k", "four").value();
-  world.agrees(values.remove("k"), world.value("/config/k"), "four", "none");
+  world.agrees(values.remove("k"), "/config/k", "four", "none");
 }
 
 void watches(World& world) {

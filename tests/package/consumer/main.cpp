@@ -1,8 +1,7 @@
 #include <coordination.hpp>
 
-bool works(coordination::Coordinator& c);
-
 int main() {
   auto c = coordination::Coordinator::in_memory();
-  return works(c) ? 0 : 1;
+  auto lock = c.lock().try_acquire("jobs/nightly", std::chrono::seconds(10));
+  return lock && lock->held() && lock->unlock() ? 0 : 1;
 }

@@ -417,7 +417,8 @@ TEST_CASE("gate: it waits for what it is told, a deadline, a limit or a cancel")
   Gate gate;
   bool ready = false;
   const auto wait = [&](const Context& ctx, std::optional<SteadyTime> limit = std::nullopt) {
-    return gate.wait(ctx, [&] { return ready; }, limit);
+    return gate.wait(
+        ctx, [&] { return ready; }, limit);
   };
   CHECK_FALSE(wait(Context::with_timeout(5ms)));
   CHECK_FALSE(wait(Context::with_timeout(10s), steady_clock::now() + 5ms));
