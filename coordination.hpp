@@ -1531,7 +1531,7 @@ struct Gate {
       auto now = steady_clock::now();
       if (ctx.cancelled() || (end && now >= *end)) return false;
       auto longest = now + std::chrono::hours(1);
-      changed.wait_until(lock, end ? std::min(*end, longest) : longest);
+      changed.wait_until(lock, end ? (std::min)(*end, longest) : longest);
     }
     return true;
   }
@@ -1575,10 +1575,10 @@ class Backoff {
   Backoff(milliseconds first, milliseconds last, double multiplier = 2.0)
       : first_(first), next_(first), last_(last), multiplier_(multiplier) {}
   milliseconds next() {
-    auto now = std::min(next_, last_);
-    auto grown = std::min(static_cast<double>(now.count()) * multiplier_,
+    auto now = (std::min)(next_, last_);
+    auto grown = (std::min)(static_cast<double>(now.count()) * multiplier_,
                           static_cast<double>(last_.count()));
-    next_ = std::max(milliseconds(1), milliseconds(static_cast<std::int64_t>(grown)));
+    next_ = (std::max)(milliseconds(1), milliseconds(static_cast<std::int64_t>(grown)));
     return jittered(now);
   }
   void reset() { next_ = first_; }
@@ -1747,7 +1747,7 @@ class Timer {
     std::mutex mutex;
     std::condition_variable changed;
     std::map<Id, Task> tasks;
-    SteadyTime sleeps_until{SteadyTime::max()};  // a cancelled task may have been the first
+    SteadyTime sleeps_until{(SteadyTime::max)()};  // a cancelled task may have been the first
     std::uint64_t last_id{0};
     bool running{false}, stopped{false};
   };
@@ -1755,7 +1755,7 @@ class Timer {
   static void run(Shared& shared) {
     std::unique_lock<std::mutex> lock(shared.mutex);
     while (!shared.stopped) {
-      shared.sleeps_until = shared.tasks.empty() ? SteadyTime::max()
+      shared.sleeps_until = shared.tasks.empty() ? (SteadyTime::max)()
                                                  : shared.tasks.begin()->first.first;
       if (shared.tasks.empty()) {
         shared.changed.wait(lock);
@@ -1918,7 +1918,7 @@ COORDINATION_API Context Context::with_timeout(milliseconds timeout) {
 
 COORDINATION_API Context Context::with_deadline(std::chrono::steady_clock::time_point deadline) {
   auto latest = std::chrono::steady_clock::now() + detail::kLongest;
-  return detail::join_contexts({}, std::min(deadline, latest));
+  return detail::join_contexts({}, (std::min)(deadline, latest));
 }
 
 COORDINATION_API Context Context::child_of(const Context& parent) {
@@ -3286,11 +3286,11 @@ class HttplibTransport : public Transport {
       auto until = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now());
       left = std::clamp(until, milliseconds(1), left);
     }
-    auto idle = request.idle_timeout.count() > 0 ? std::min(left, request.idle_timeout) : left;
+    auto idle = request.idle_timeout.count() > 0 ? (std::min)(left, request.idle_timeout) : left;
     client.set_keep_alive(!close);
-    client.set_connection_timeout(std::min(left, milliseconds(std::chrono::seconds(5))));
+    client.set_connection_timeout((std::min)(left, milliseconds(std::chrono::seconds(5))));
     client.set_read_timeout(idle);
-    client.set_write_timeout(std::min(left, milliseconds(std::chrono::seconds(10))));
+    client.set_write_timeout((std::min)(left, milliseconds(std::chrono::seconds(10))));
   }
 
   const TlsOptions tls_;
@@ -3545,8 +3545,8 @@ class Members {
   };
 
   static void rest(Member& member, SteadyTime now) {
-    auto time = milliseconds(250) * (1 << std::min(member.failures, 5));
-    member.rests_until = now + std::min(time, milliseconds(5000));
+    auto time = milliseconds(250) * (1 << (std::min)(member.failures, 5));
+    member.rests_until = now + (std::min)(time, milliseconds(5000));
   }
 
   std::mutex mutex_;
@@ -3757,7 +3757,7 @@ struct Attempts {
     bool round_over = ++tried >= client.members->size();
     if (!round_over && verdict.next == Verdict::Next::OtherMember) return true;
     tried = 0;
-    if (++rounds >= std::max(1, client.options.retry_config.max_attempts)) return false;
+    if (++rounds >= (std::max)(1, client.options.retry_config.max_attempts)) return false;
     Context wait = join_contexts({&ctx, &client.open}, deadline);
     pause(wait, backoff.next());
     return true;
@@ -3798,7 +3798,7 @@ COORDINATION_API Context ClientState::attempt_context(const Context& ctx, Steady
     auto now = steady_clock::now();
     auto share = (deadline - now) / static_cast<int>(members->size());
     auto least = std::chrono::nanoseconds(milliseconds(250));
-    until = std::min(deadline, now + std::max<std::chrono::nanoseconds>(share, least));
+    until = (std::min)(deadline, now + (std::max<std::chrono::nanoseconds>)(share, least));
   }
   return join_contexts({&ctx, &open}, until);
 }
@@ -4389,7 +4389,7 @@ COORDINATION_API void LeaseKeeper::tick(SteadyTime when) {
     }
   }
   for (std::size_t i = 0; i < due.size(); i += kBatch) {
-    auto last = std::min(i + kBatch, due.size());
+    auto last = (std::min)(i + kBatch, due.size());
     renew(std::vector<LeasePtr>(due.begin() + static_cast<std::ptrdiff_t>(i),
                                 due.begin() + static_cast<std::ptrdiff_t>(last)));
   }
@@ -4399,18 +4399,18 @@ COORDINATION_API void LeaseKeeper::tick(SteadyTime when) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& entry : leases_) {
       auto its = entry.second->due;
-      next = std::min(next.value_or(its), its);
+      next = (std::min)(next.value_or(its), its);
     }
   }
-  if (next) schedule(std::max(real_time(*next, *client->clock), steady_clock::now() + kWindow));
+  if (next) schedule((std::max)(real_time(*next, *client->clock), steady_clock::now() + kWindow));
 }
 
 /// No attempt may use up the TTL of any lease.
 COORDINATION_API milliseconds LeaseKeeper::attempt_limit() {
   milliseconds limit(5000);
   std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& entry : leases_) limit = std::min(limit, entry.second->ttl() / 3);
-  return std::max(limit, milliseconds(250));
+  for (auto& entry : leases_) limit = (std::min)(limit, entry.second->ttl() / 3);
+  return (std::max)(limit, milliseconds(250));
 }
 
 /// Renews until each lease has an answer, once with every member at the most.
@@ -4430,7 +4430,7 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
   }
   std::lock_guard<std::mutex> lock(mutex_);
   auto now = client->clock->now();
-  for (auto& lease : batch) lease->due = now + std::min(kRetry, lease->ttl() / 10);
+  for (auto& lease : batch) lease->due = now + (std::min)(kRetry, lease->ttl() / 10);
 }
 
 /// One request for all; returns those that have got no answer.
@@ -4538,7 +4538,7 @@ COORDINATION_API void LeaseKeeper::check_deadlines(std::optional<SteadyTime> whe
       if (deadline <= now) {
         over.push_back(entry.second);
       } else {
-        next = std::min(next.value_or(deadline), deadline);
+        next = (std::min)(next.value_or(deadline), deadline);
       }
     }
   }
@@ -4554,7 +4554,7 @@ COORDINATION_API void LeaseKeeper::retire_idle() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     auto is_old = [&](const Idle& idle) {
-      auto keep = std::max(idle.lease->ttl(), milliseconds(10000));
+      auto keep = (std::max)(idle.lease->ttl(), milliseconds(10000));
       return !idle.lease->held() || idle.lease->clock->now() - idle.since > keep;
     };
     for (auto& idle : idle_) {
@@ -4570,7 +4570,7 @@ COORDINATION_API void LeaseKeeper::revoke_later(std::int64_t id, milliseconds tt
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
-    auto until = now + std::max(ttl, milliseconds(2000)) + milliseconds(1000);
+    auto until = now + (std::max)(ttl, milliseconds(2000)) + milliseconds(1000);
     doomed_[id] = {id, until, granted, now};
   }
   schedule_sweep(now);
@@ -4627,7 +4627,7 @@ COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& entry : doomed_) {
-      next = std::min(next.value_or(entry.second.next), entry.second.next);
+      next = (std::min)(next.value_or(entry.second.next), entry.second.next);
     }
   }
   if (next) schedule_sweep(*next);
@@ -4904,7 +4904,7 @@ COORDINATION_API SteadyTime WatchHub::next_opening() const {
   if (opened_.size() < kBurst) return now;
   // The more there are, the more a merge costs: then they are gathered for longer.
   auto gather = milliseconds(static_cast<std::int64_t>(watches_.size() / 20));
-  return std::max(now, opened_.front() + kPace + gather);
+  return (std::max)(now, opened_.front() + kPace + gather);
 }
 
 /// A moment for a new watch to stand: events that come before it does are served by etcd's timer
@@ -4952,7 +4952,7 @@ COORDINATION_API SteadyTime WatchHub::last_heard() {
   std::lock_guard<std::mutex> lock(mutex_);
   auto last = last_heard_;
   for (auto& stream : streams_) {
-    last = std::max(last, stream->heard());
+    last = (std::max)(last, stream->heard());
   }
   return last;
 }
@@ -5038,7 +5038,7 @@ COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
   auto steady = static_cast<double>(kMaxStreams - 1);
   auto size = static_cast<double>(waiting_.size());
   auto batches = static_cast<double>(watches_.size()) / size;
-  double factor = std::max(2.0, std::pow(batches, 1 / steady));
+  double factor = (std::max)(2.0, std::pow(batches, 1 / steady));
   for (auto& stream : candidates) {
     bool must = streams_.size() - victims.size() + 1 > kMaxStreams - 1;
     auto theirs = static_cast<double>(stream->watches.size());
@@ -5345,7 +5345,7 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
     waiting_.push_back(watch);
   }
   stream->watches.clear();
-  last_heard_ = std::max(last_heard_, stream->heard());
+  last_heard_ = (std::max)(last_heard_, stream->heard());
   streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
   if (merging_ == stream) merging_.reset();
   stream->victims.clear();
@@ -5388,7 +5388,7 @@ COORDINATION_API void WatchHub::supervise() {
     if (closed_) return;
     auto now = steady_clock::now();
     for (auto& stream : streams_) {
-      if (now - std::max(stream->heard(), stream->begun) >= kSilence) silent.push_back(stream);
+      if (now - (std::max)(stream->heard(), stream->begun) >= kSilence) silent.push_back(stream);
     }
   }
   for (auto& stream : silent) {
@@ -5484,7 +5484,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   bool connected() const { return client_->watches->connected(hub_id()); }
   milliseconds age() const {
     if (connected()) return milliseconds(0);
-    auto heard = std::max(client_->watches->last_heard(), read_at_.load());
+    auto heard = (std::max)(client_->watches->last_heard(), read_at_.load());
     return std::chrono::duration_cast<milliseconds>(steady_clock::now() - heard);
   }
   const std::shared_ptr<ClientState>& client() const { return client_; }
@@ -5495,7 +5495,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     std::lock_guard<std::mutex> lock(mutex_);
     // A stream that was left may still have a line; what was read anew has it already.
     if (mode_ != Mode::Raw && events.front().revision <= revision_) return true;
-    revision_ = std::max(revision_, events.front().revision);
+    revision_ = (std::max)(revision_, events.front().revision);
     if (mode_ == Mode::ByAge && events.size() > 1) sort_by_age(events);
     bool more = true;
     for (auto& event : events) {
@@ -5510,7 +5510,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   }
   void progress(std::int64_t revision) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    revision_ = std::max(revision_, revision);
+    revision_ = (std::max)(revision_, revision);
   }
   void compacted(std::int64_t revision) override { on_compacted(revision); }
   bool ends_with_history() const override { return mode_ == Mode::Raw; }
@@ -5719,7 +5719,8 @@ COORDINATION_API void RangeFeed::resync() {
   if (snapshot.error().code == ErrorCode::PermissionDenied) return failed(snapshot.error());
   (*client_->log)(LogLevel::Warn, "cannot read again after a compaction",
                   {{"key", request_.key}, {"cause", to_string(snapshot.error())}});
-  resync_limit_ = std::min(resync_limit_ * 2, std::max(client_->options.timeout, resync_limit_));
+  auto most = (std::max)(client_->options.timeout, resync_limit_);
+  resync_limit_ = (std::min)(resync_limit_ * 2, most);
   resync_later(backoff_.next());
 }
 
@@ -5773,7 +5774,7 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   using Handler = std::function<void(WatchEvent)>;
 
   Mailbox(std::shared_ptr<RangeFeed> feed, std::size_t capacity)
-      : feed_(std::move(feed)), capacity_(std::max<std::size_t>(capacity, 1)) {}
+      : feed_(std::move(feed)), capacity_((std::max<std::size_t>)(capacity, 1)) {}
 
   /// Before the feed starts.
   void set_handler(Handler handler) {
@@ -6057,7 +6058,7 @@ struct CoordinatorState {
 COORDINATION_API Result<void> validate_key(const std::string& key, const char* what) {
   std::size_t begin = 0;
   while (true) {
-    auto end = std::min(key.find('/', begin), key.size());
+    auto end = (std::min)(key.find('/', begin), key.size());
     auto segment = std::string_view(key).substr(begin, end - begin);
     if (segment.empty()) {
       return invalid(std::string("the ") + what + " \"" + key + "\" has an empty segment");
@@ -7818,7 +7819,7 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   client->leases = std::make_shared<LeaseKeeper>(client);
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
-  client->options.timeout = std::min(client->options.timeout, kLongest);
+  client->options.timeout = (std::min)(client->options.timeout, kLongest);
   client->clock->on_jump([weak = std::weak_ptr<LeaseKeeper>(client->leases)] {
     auto keeper = weak.lock();
     if (keeper) keeper->wake();
@@ -8057,7 +8058,7 @@ COORDINATION_API MaybeRefusal check_op(const PutRequest& request, std::size_t) {
 COORDINATION_API MaybeRefusal check_op(const TxnPtr& txn, std::size_t budget) {
   if (!txn) return refused::key_not_found;
   const std::size_t size =
-      std::max({txn->compare.size(), txn->success.size(), txn->failure.size()});
+      (std::max)({txn->compare.size(), txn->success.size(), txn->failure.size()});
   if (size > budget) return refused::too_many_ops;
   for (const Compare& compare : txn->compare) {
     if (compare.key.empty()) return refused::empty_key;
@@ -8271,7 +8272,7 @@ class Mvcc {
       request.id = ++next_lease_;
     }
     if (leases_.count(request.id) != 0) return refused::lease_exists;
-    const std::int64_t ttl = std::max(request.ttl, min_ttl);
+    const std::int64_t ttl = (std::max)(request.ttl, min_ttl);
     const TimePoint expiry = now + std::chrono::seconds(ttl);
     leases_[request.id] = {ttl, expiry, {}};
     expiries_.emplace(expiry, request.id);
@@ -8319,9 +8320,9 @@ class Mvcc {
     while (next_expiry() <= now) static_cast<void>(revoke(expiries_.begin()->second));
   }
 
-  /// TimePoint::max() if there is no lease.
+  /// (TimePoint::max)() if there is no lease.
   TimePoint next_expiry() const {
-    return expiries_.empty() ? TimePoint::max() : expiries_.begin()->first;
+    return expiries_.empty() ? (TimePoint::max)() : expiries_.begin()->first;
   }
 
   /// Calls `visit` with every change since `revision`, in order.
@@ -8350,7 +8351,7 @@ class Mvcc {
 
   // The revision, counting what is written but not finished.
   std::int64_t head() const {
-    return changes_.empty() ? revision_ : std::max(revision_, changes_.back().kv->mod_revision);
+    return changes_.empty() ? revision_ : (std::max)(revision_, changes_.back().kv->mod_revision);
   }
 
   void finish() { revision_ = head(); }
@@ -8391,7 +8392,7 @@ class Mvcc {
     // A limit without an order is applied before etcd filters and sorts; one more shows `more`.
     const bool filtered = request.min_mod_revision || request.max_mod_revision ||
                           request.min_create_revision || request.max_create_revision;
-    const auto limit = static_cast<std::size_t>(std::max<std::int64_t>(request.limit, 0));
+    const auto limit = static_cast<std::size_t>((std::max<std::int64_t>)(request.limit, 0));
     const bool early = limit != 0 && request.sort_order == SortOrder::None && !filtered;
     if (early && kvs.size() > limit + 1) kvs.resize(limit + 1);
     const auto fails = [&](const KeyValue* kv) { return !passes_filters(request, *kv); };
@@ -9049,7 +9050,7 @@ class Store {
     const HttpRequest& request = stream.request;
     const auto idle_limit = [&request] {
       const bool limited = request.idle_timeout.count() > 0;
-      return limited ? steady_clock::now() + request.idle_timeout : SteadyTime::max();
+      return limited ? steady_clock::now() + request.idle_timeout : (SteadyTime::max)();
     };
     SteadyTime idle_until = idle_limit();
     while (stream.end == StreamEnd::None) {
@@ -9077,10 +9078,10 @@ class Store {
   /// When to look again though nothing has come: a lease runs out, or the caller waits no longer.
   SteadyTime wake_time(const WatchStream& stream, SteadyTime limit) const {
     const SteadyTime now = steady_clock::now();
-    limit = std::min({limit, stream.ctx.deadline().value_or(limit), now + std::chrono::hours(1)});
+    limit = (std::min)({limit, stream.ctx.deadline().value_or(limit), now + std::chrono::hours(1)});
     const auto expiry = mvcc_.next_expiry();
-    return expiry == Mvcc::TimePoint::max() ? limit
-                                            : std::min(limit, now + (expiry - clock_->now()));
+    return expiry == (Mvcc::TimePoint::max)() ? limit
+                                            : (std::min)(limit, now + (expiry - clock_->now()));
   }
 
   /// The last words of a stream that was ended from outside.

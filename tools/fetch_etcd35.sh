@@ -18,12 +18,14 @@ folder=${1:-$root/build/etcd35}
 [ $# -gt 0 ] && shift
 [ $# -gt 0 ] || set -- trixie forky sid
 
-for program in apt-get dpkg awk; do
+for program in apt-get apt-config dpkg awk; do
   command -v "$program" >/dev/null 2>&1 || skip "there is no $program on this machine"
 done
 here=$(. /etc/os-release 2>/dev/null && echo "${ID:-} ${VERSION_CODENAME:-}")
 case $here in debian\ ?*) ;; *) skip "this is not a Debian release ($here)" ;; esac
 codename=${here#debian }
+sources_list='' sources_parts=''
+eval "$(apt-config shell sources_list Dir::Etc::sourcelist/f sources_parts Dir::Etc::sourceparts/d)"
 
 mkdir -p "$folder" || skip "cannot write to $folder"
 folder=$(cd "$folder" && pwd)
@@ -31,13 +33,13 @@ folder=$(cd "$folder" && pwd)
 # The stanzas and lines of APT's own sources that name this release, with another suite in its
 # place; its -updates and -security are left out, as not every suite has them.
 derive_sources() { # suite, output folder
-  for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
+  for file in "$sources_list" "$sources_parts"*.list; do
     [ -f "$file" ] && cat "$file"
   done | awk -v from="$codename" -v to="$1" '
     $1 == "deb" {
       for (i = 2; i <= NF; ++i) if ($i == from) { $i = to; print; next }
     }' >"$2/derived.list"
-  for file in /etc/apt/sources.list.d/*.sources; do
+  for file in "$sources_parts"*.sources; do
     [ -f "$file" ] && { cat "$file"; echo; }
   done | awk -v from="$codename" -v to="$1" '
     function flush() {
@@ -67,8 +69,12 @@ private_apt() { # suite, arguments of apt-get
   shift
   apt-get -qq -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$private/sources" \
     -o Dir::State::lists="$private/lists" -o Dir::Cache="$private/cache" \
-    -o APT::Sandbox::User="$(id -un)" -o APT::Default-Release= -o Acquire::Languages=none \
-    -o Acquire::Retries=2 -o Acquire::http::Timeout=30 "$@"
+    -o APT::Sandbox::User="$(id -un)" -o APT::Default-Release= -o APT::Update::Error-Mode=any \
+    -o Acquire::Languages=none -o Acquire::Retries=1 -o Acquire::http::Timeout=15 "$@"
+}
+
+complaint() { # log; the first in it, else its last line
+  grep -m 1 '^[EW]:' "$1" || tail -n 1 "$1"
 }
 
 fetch() { # suite; prints why it failed
@@ -76,13 +82,13 @@ fetch() { # suite; prints why it failed
   mkdir -p "$private/sources" "$private/lists/partial" "$private/cache/archives/partial"
   derive_sources "$1" "$private/sources" || { echo "APT has no source for $codename"; return 1; }
   private_apt "$1" update >"$private/log" 2>&1 ||
-    { echo "$1: update failed: $(tail -n 1 "$private/log")"; return 1; }
+    { echo "$1: update failed: $(complaint "$private/log")"; return 1; }
   (cd "$private" && private_apt "$1" download etcd-server etcd-client) >"$private/log" 2>&1 ||
-    { echo "$1: download failed: $(tail -n 1 "$private/log")"; return 1; }
+    { echo "$1: download failed: $(complaint "$private/log")"; return 1; }
   mkdir -p "$folder/$1"
   for package in "$private"/etcd-server_*.deb "$private"/etcd-client_*.deb; do
     dpkg -x "$package" "$folder/$1" >"$private/log" 2>&1 ||
-      { echo "$1: cannot unpack: $(tail -n 1 "$private/log")"; return 1; }
+      { echo "$1: cannot unpack: $(complaint "$private/log")"; return 1; }
   done
 }
 

@@ -236,19 +236,21 @@ TEST_CASE_FIXTURE(Fixture, "watch: a handler may end its own watch, call etcd, a
   SUBCASE("end its own watch") {
     std::atomic<int> calls{0};
     auto subscription = std::make_shared<Subscription>();
-    std::atomic<bool> ready{false};
+    std::atomic<bool> ready{false}, ended{false};
     *subscription = other.client()
                         .watch(all(),
                                [&](const WatchEvent&) {
                                  wait_until([&] { return ready.load(); }, 5s);
                                  ++calls;
                                  subscription.reset();
+                                 ended = true;
                                })
                         .value();
     ready = true;
     for (int i = 0; i < 5; ++i) client.put(dir, "v").value();
     CHECK(wait_until([&] { return calls == 1; }, lenient(5s)));
     CHECK_FALSE(wait_until([&] { return calls > 1; }, 200ms));
+    CHECK(wait_until([&] { return ended.load(); }, lenient(5s)));
   }
   SUBCASE("call etcd and start a watch") {
     std::atomic<bool> done{false};
