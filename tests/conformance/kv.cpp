@@ -158,6 +158,7 @@ CONFORMANCE("sorting, by each target and in each order") {
   CHECK(sorted("DESCEND", "VALUE") == with_prefix(p, {"a", "b", "c"}));
   CHECK(sorted("ASCEND", "CREATE", {{"limit", 1}}) == with_prefix(p, {"b"}));
   CHECK(sorted("DESCEND", "CREATE", {{"limit", 2}}) == with_prefix(p, {"a", "c"}));
+  CHECK(sorted("DESCEND", "KEY", {{"limit", 1}}) == with_prefix(p, {"c"}));
   // Without an order the limit comes first, and cuts by key.
   CHECK(sorted("NONE", "CREATE", {{"limit", 1}}) == with_prefix(p, {"b"}));
   const auto by_number = g.range(prefix_range(p, {{"sort_order", 2}, {"sort_target", 2}}));
@@ -226,6 +227,8 @@ CONFORMANCE("put: prev_kv, ignore_value, ignore_lease") {
               "etcdserver: key not found");
   check_error(etcd, g.put(missing, "1", {{"ignore_lease", true}}), 400, 3,
               "etcdserver: key not found");
+  const Json neither = {{"ignore_value", true}, {"lease", std::to_string(etcd.lease_id())}};
+  check_error(etcd, g.put(missing, "", neither), 404, 5, "etcdserver: requested lease not found");
   check_error(etcd, g.put(key, "1", {{"ignore_value", true}}), 400, 3,
               "etcdserver: value is provided");
   check_error(etcd, g.put(key, "1", {{"ignore_lease", true}, {"lease", std::to_string(lease)}}),

@@ -264,6 +264,9 @@ CONFORMANCE("a txn that is refused changes nothing") {
   check_refused(put(p + "y", "1", {{"lease", std::to_string(etcd.lease_id())}}), 404, 5,
                 "etcdserver: requested lease not found");
   check_refused(put(p + "y", "1", {{"ignore_lease", true}}), 400, 3, "etcdserver: key not found");
+  // A put by itself would say that there is no such lease.
+  const Json no_lease = {{"ignore_value", true}, {"lease", std::to_string(etcd.lease_id())}};
+  check_refused(put(p + "y", "", no_lease), 400, 3, "etcdserver: key not found");
   check_refused(put(p + "a", "1", {{"ignore_value", true}}), 400, 3,
                 "etcdserver: value is provided");
   check_refused(range(p + "a", {{"revision", std::to_string(before + 1)}}), 400, 11,

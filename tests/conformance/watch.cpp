@@ -99,6 +99,32 @@ CONFORMANCE("a txn is one line, in the order of its operations") {
   }
 }
 
+CONFORMANCE("prev_kv is what was before the txn") {
+  const Gateway g = etcd.gateway();
+  const std::string p = etcd.prefix();
+  g.put(p + "old", "1");
+  WatchCall watch(g, {create_prefix(1, p, {{"prev_kv", true}})});
+  REQUIRE(watch.wait_lines(1));
+  // Only in inner txns may a key be put and then deleted.
+  const auto inner = [](const Json& op) { return Json{{"request_txn", {{"success", Jsons{op}}}}}; };
+  const auto put = [&](const char* name) {
+    return inner({{"request_put", {{"key", b64(p + name)}, {"value", b64("2")}}}});
+  };
+  const auto remove = [&](const char* name) {
+    return inner({{"request_delete_range", {{"key", b64(p + name)}, {"prev_kv", true}}}});
+  };
+  const auto done = g.txn({}, {put("new"), put("old"), remove("new"), remove("old")});
+  REQUIRE(done.status == 200);
+  const Json last = done.json["responses"][3]["response_txn"]["responses"][0];
+  CHECK(unb64(last["response_delete_range"]["prev_kvs"][0]["value"]) == "2");
+  const auto events = watch.events(1, 4);
+  CHECK(texts(events, p) ==
+        std::vector<std::string>{"PUT new=2", "PUT old=2", "DELETE new", "DELETE old"});
+  CHECK_FALSE(events[0].contains("prev_kv"));
+  CHECK_FALSE(events[2].contains("prev_kv"));
+  for (const std::size_t i : {1u, 3u}) CHECK(unb64(events[i]["prev_kv"]["value"]) == "1");
+}
+
 CONFORMANCE("ranges of watches") {
   const Gateway g = etcd.gateway();
   const std::string p = etcd.prefix();
