@@ -5071,8 +5071,8 @@ COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> vi
   return stream;
 }
 
-/// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there all
-/// the same. Who comes back asks for one revision more than it needs, to be told.
+/// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there
+/// all the same. Who comes back asks for one revision more than it needs, to be told.
 COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::string body;
