@@ -1304,6 +1304,7 @@ class MemoryEtcd : public Transport {
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
@@ -3061,6 +3062,18 @@ class SocketTap {
     shut();
   }
 
+  /// Between two requests a server says nothing: bytes, or an end, mean that it is leaving.
+  bool is_quiet() {
+#if defined(_WIN32)
+    return true;
+#else
+    std::lock_guard<std::mutex> lock(mutex_);
+    char byte = 0;
+    auto size = ::recv(socket_, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+#endif
+  }
+
  private:
   static constexpr socket_t kNone = static_cast<socket_t>(-1);
 
@@ -3148,6 +3161,7 @@ class HttplibTransport : public Transport {
 
   Result<HttpResponse> exchange(const HttpRequest& request, const ChunkSink& sink,
                                 const Context& ctx) {
+    NoSigpipe guard;  // to the end: closing TLS writes, too
     bool close = has_close(request);
     Connection connection = close ? nullptr : take(request.endpoint);
     if (!connection) connection = connect(request.endpoint);
@@ -3155,19 +3169,11 @@ class HttplibTransport : public Transport {
     configure(*connection->client, request, ctx, close);
 
     Exchange state;
-    httplib::Error error = httplib::Error::Success;
-    {
-      NoSigpipe guard;
-      auto hook = ctx.on_cancel([&] { connection->tap.cut(); });
-      error = send(*connection->client, build(request, sink, ctx, state));
-      hook.reset();
-      bool reusable = error == httplib::Error::Success && !close && !ctx.cancelled();
-      if (reusable) {
-        give_back(request.endpoint, std::move(connection));
-      } else {
-        connection.reset();  // inside the guard: closing TLS writes, too
-      }
-    }
+    auto hook = ctx.on_cancel([&] { connection->tap.cut(); });
+    auto error = send(*connection->client, build(request, sink, ctx, state));
+    hook.reset();
+    bool reusable = error == httplib::Error::Success && !close && !ctx.cancelled();
+    if (reusable) give_back(request.endpoint, std::move(connection));
     return judge(request, state, error, ctx);
   }
 
@@ -3234,13 +3240,18 @@ class HttplibTransport : public Transport {
     }
   }
 
+  /// One that is still good: httplib 0.11 takes the farewell of TLS for life, and fails.
   Connection take(const std::string& endpoint) {
+    std::vector<Connection> stale;  // destroyed outside the lock
     std::lock_guard<std::mutex> lock(mutex_);
     auto& idle = idle_[endpoint];
-    if (idle.empty()) return nullptr;
-    auto connection = std::move(idle.back());
-    idle.pop_back();
-    return connection;
+    while (!idle.empty()) {
+      auto connection = std::move(idle.back());
+      idle.pop_back();
+      if (connection->tap.is_quiet()) return connection;
+      stale.push_back(std::move(connection));
+    }
+    return nullptr;
   }
 
   void give_back(const std::string& endpoint, Connection connection) {
@@ -6981,7 +6992,10 @@ COORDINATION_API Result<void> validate_service(const ServiceInfo& service) {
   if (service.port < 1 || service.port > 65535) {
     return invalid("the service's port " + std::to_string(service.port) + " is not in 1-65535");
   }
-  return validate_ttl(service.ttl);
+  auto valid_ttl = validate_ttl(service.ttl);
+  if (!valid_ttl) return valid_ttl;
+  if (wire::decode_service(wire::encode_service(service)) == service) return {};
+  return invalid("a text of the service " + service.name + "/" + service.id + " is not UTF-8");
 }
 
 /// The intent that a record be there. It owns a key; when that is lost, it makes another.
@@ -7599,14 +7613,18 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string 
   Txn txn;
   txn.when(Compare::mod_revision(path, Compare::Is::Equal, expected_revision))
       .then(Op::put(path, *bytes));
-  auto done = state_->client->commit(txn, detail::Safety::Write, ctx);
-  if (done && done->succeeded) return done->revision;
-  if (done) {
-    return detail::make_error(ErrorCode::Conflict, "the configuration " + key +
-                                                       " was changed since revision " +
-                                                       std::to_string(expected_revision));
-  }
-  return done.error();  // an equal value may be somebody else's: it cannot be settled
+  // It cannot take effect twice. If the second attempt finds a change, nobody can tell whose it is:
+  // an equal value may be somebody else's.
+  bool repeated = false;
+  auto done = state_->client->commit(txn, detail::Safety::Idempotent, ctx, &repeated);
+  if (!done) return done.error();
+  if (done->succeeded) return done->revision;
+  auto what = "the configuration " + key + " was changed since revision " +
+              std::to_string(expected_revision);
+  if (!repeated) return detail::make_error(ErrorCode::Conflict, std::move(what));
+  return detail::make_error(ErrorCode::Connection, std::move(what),
+                            "perhaps by this call: the answer to it was lost",
+                            Outcome::MaybeApplied);
 }
 
 COORDINATION_API Result<void> ConfigCenter::remove(std::string key, Context ctx) {

@@ -433,6 +433,20 @@ TEST_CASE("TLS: the whole library over it") {
   lock.unlock().value();
 }
 
+TEST_CASE("TLS: a write after etcd has come back does not meet a connection of before") {
+  const TlsFiles files;
+  EtcdServer server(EtcdOptions{"", files.etcd_flags(false), "https", "127.0.0.1"});
+  auto options = options_for(server);
+  options.tls.ca_file = files.ca();
+  auto coordinator = connect(options);
+  coordinator.client().put("k", "before").value();
+  server.terminate();  // says farewell on every connection
+  REQUIRE(wait_until([&] { return !server.running(); }, lenient(10s)));
+  server.restart();
+  const auto put = coordinator.client().put("k", "after");
+  CHECK_MESSAGE(put, why(put));
+}
+
 TEST_CASE("TLS: https to a plain port, and http to a TLS port") {
   const auto transport = make_default_transport();
   const auto& plain = shared_etcd();

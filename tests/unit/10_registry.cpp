@@ -68,6 +68,23 @@ TEST_CASE("registry: the record as other languages read it") {
   CHECK(found[0] == web("w1", 8080, 30s));
 }
 
+TEST_CASE("registry: a text that JSON cannot hold is refused, and not changed") {
+  Setup s;
+  const std::string odd = "\xff\xfe";
+  auto bad = web("1");
+  SUBCASE("in the metadata") { bad.metadata["name"] = odd; }
+  SUBCASE("in its keys") { bad.metadata[odd] = "value"; }
+  SUBCASE("in the address") { bad.address = odd; }
+  SUBCASE("in the id") { bad.id = odd; }
+  const auto before = s.tap->count();
+  check_code(s.c.registry().register_service(bad), ErrorCode::Validation);
+  CHECK(s.tap->count() == before);
+  auto good = web("1");
+  good.metadata["name"] = "gr\xc3\xbc\xc3\x9f";
+  CHECK(s.c.registry().register_service(good));
+  CHECK(s.d.registry().discover("web").value().at(0) == good);
+}
+
 TEST_CASE("registry: discovered by id, one service at a time") {
   Setup s;
   for (const char* id : {"c", "a", "b"}) CHECK(s.c.registry().register_service(web(id)));

@@ -227,7 +227,7 @@ TEST_CASE("config: a write whose answer was lost is settled, not guessed") {
   CHECK(s.etcd->keys().empty());
 }
 
-TEST_CASE("config: a compare_and_set whose answer was lost says 'maybe'") {
+TEST_CASE("config: a compare_and_set whose answer was lost says 'maybe', and no Conflict") {
   Setup s;
   const auto first = s.config.compare_and_set("k", 0, 1).value();
   s.etcd->drop_replies(1);
@@ -235,6 +235,28 @@ TEST_CASE("config: a compare_and_set whose answer was lost says 'maybe'") {
   check_code(set, ErrorCode::Connection);
   CHECK(set.error().outcome == Outcome::MaybeApplied);
   CHECK(s.config.get("k").value() == 2);
+  CHECK(s.config.get_entry("k").value().revision == s.etcd->revision());  // applied once
+}
+
+TEST_CASE("config: a compare_and_set that was lost on its way is sent again") {
+  struct LossyTransport : Transport {  // the first Txn is lost, and its sender cannot know
+    std::shared_ptr<Transport> inner;
+    std::atomic<int> txns{0};
+    Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                                 const Context& ctx) override {
+      const bool lost = request.path == "/v3/kv/txn" && ++txns == 1;
+      if (lost) return Error{ErrorCode::Connection, "reset", "", Outcome::MaybeApplied, 0};
+      return inner->perform(request, sink, ctx);
+    }
+  };
+  Setup s;
+  const auto lossy = std::make_shared<LossyTransport>();
+  lossy->inner = s.etcd;
+  auto c = connect_to(options_with(lossy));
+  const auto set = c.config().compare_and_set("k", 0, 1);
+  REQUIRE_MESSAGE(set, text_of(set));
+  CHECK(*set == s.etcd->revision());
+  CHECK(lossy->txns == 2);
 }
 
 TEST_CASE("config: a value over etcd's limit is Validation, and names the endpoint") {
