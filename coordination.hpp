@@ -25,14 +25,14 @@
 // Errors:   nothing throws but Result::value(). A write that failed says in Error::outcome
 //           whether etcd may have applied it all the same.
 // Threads:  every class may be used from several threads unless it says otherwise. A Coordinator
-//           runs at most 10 threads of its own, started when they are needed: 1 for timers, 1 for
-//           lease renewals, 1 for background work, 2 for callbacks and 5 for watch streams. Who
+//           runs at most 11 threads of its own, started when they are needed: 1 for timers, 1 for
+//           lease renewals, 2 for background work, 2 for callbacks and 5 for watch streams. Who
 //           waits for a lock or an election waits on a stream of its own, in the caller's thread.
 // Handlers: run on the callback threads, in order and one at a time per handle, never under a
 //           lock of the library. They may call anything and may destroy their own handle. Once a
 //           handle's destructor, its cancel() or the Coordinator's close() has returned, its
-//           handlers run no more (unless it was called from inside one). What a handler throws
-//           is caught and logged.
+//           handlers run no more (unless it was called from inside one, or from a handler that
+//           is itself waited for in one). What a handler throws is caught and logged.
 
 // == A. Configuration ===========================================================================
 
@@ -259,7 +259,8 @@ using Logger = std::function<void(LogLevel level, std::string_view message, cons
 /// A Logger that writes lines of `level message key=value ...` to standard error.
 Logger stderr_logger(LogLevel minimum = LogLevel::Info);
 
-/// The time by which leases are judged. Contexts always use the real steady clock.
+/// The time by which leases, and streams that are silent, are judged. Contexts always use the real
+/// steady clock.
 class Clock {
  public:
   using time_point = std::chrono::steady_clock::time_point;
@@ -750,7 +751,8 @@ class Lock {
  public:
   Lock(Lock&&) noexcept = default;
   Lock& operator=(Lock&& other) noexcept;
-  /// Unlocks. Blocks: half a second at most; then it is done in the background, or by the TTL.
+  /// Unlocks. Blocks: half a second at most; then it is done in the background, or by the TTL. Also
+  ///         until a handler of on_lost that is running in another thread has returned.
   ~Lock();
 
   /// The key that this holder owns: `<key_prefix>/locks/<key>/<lease in hex>`.
@@ -977,6 +979,10 @@ class ServiceRegistry {
   /// Errors: Validation also for an empty address, a port outside 1-65535, a TTL <= 0.
   Result<void> register_service(ServiceInfo service, Context ctx = {});
   Result<void> register_service(ServiceInfo service, RegisterOptions options, Context ctx = {});
+  /// Gives every registration with this id that this Coordinator has made other metadata, without
+  /// a moment of absence. Errors: NotFound if there is none.
+  Result<void> update(std::string id, std::map<std::string, std::string> metadata,
+                      Context ctx = {});
   /// Ends every registration with this id that this Coordinator has made.
   /// Errors: NotFound if there is none.
   Result<void> unregister(std::string id, Context ctx = {});
@@ -1180,7 +1186,7 @@ class Coordinator {
 /// Errors: Conflict while there is one: close() it first.
 Result<void> set_default_options(CoordinatorOptions options);
 /// Errors: those of Coordinator::connect; a later call tries again.
-Result<std::shared_ptr<Coordinator>> default_coordinator();
+Result<std::shared_ptr<Coordinator>> default_coordinator(Context ctx = {});
 /// Closes the default Coordinator, if there is one; the next use makes a new one.
 Result<void> close();
 
@@ -1603,6 +1609,43 @@ class SteadyClock : public Clock {
   }
 };
 
+/// Which thread waits for a handler that runs in which other. Two handlers that end each other's
+/// handles would wait for ever: the one that would close the ring does not wait.
+class HandlerWaits {
+ public:
+  static HandlerWaits& all() {
+    // Never destroyed: a Coordinator that is static may close after everything else.
+    static HandlerWaits& waits = *std::make_unique<HandlerWaits>().release();
+    return waits;
+  }
+
+  /// False: `other` waits for the calling thread, directly or not.
+  bool begin(std::thread::id other) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto self = std::this_thread::get_id();
+    if (leads(other, self)) return false;
+    waits_.emplace(self, other);
+    return true;
+  }
+
+  /// Of all that the calling thread has begun.
+  void end() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    waits_.erase(std::this_thread::get_id());
+  }
+
+ private:
+  bool leads(std::thread::id from, std::thread::id to) const {
+    if (from == to) return true;
+    auto range = waits_.equal_range(from);
+    return std::any_of(range.first, range.second,
+                       [&](const auto& wait) { return leads(wait.second, to); });
+  }
+
+  std::mutex mutex_;
+  std::multimap<std::thread::id, std::thread::id> waits_;
+};
+
 /// A queue of tasks and at most so many threads for them, which come when they are needed and
 /// leave when they have been idle for a while.
 class Lane : public std::enable_shared_from_this<Lane> {
@@ -1610,22 +1653,24 @@ class Lane : public std::enable_shared_from_this<Lane> {
   explicit Lane(std::size_t most) : most_(most) {}
   ~Lane() { reap(std::move(finished_)); }
 
-  void post(Task task) {
+  /// False: there is no thread for it, and none can be had. The task is dropped.
+  bool post(Task task) {
     std::vector<std::thread> finished;
+    std::optional<std::string> failed;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (stopped_) return;
+      if (stopped_) return true;
       tasks_.push_back(std::move(task));
       if (idle_ >= tasks_.size() || threads_.size() >= most_) {
         wake_.notify_one();
       } else {
-        std::thread thread([self = shared_from_this()] { self->run(); });
-        auto id = thread.get_id();
-        threads_.emplace(id, std::move(thread));
+        failed = guarded([this] { add_thread(); });
       }
+      if (failed && threads_.empty()) return tasks_.pop_back(), false;
       finished.swap(finished_);
     }
     reap(std::move(finished));
+    return true;
   }
 
   /// Drops what has not begun; what is posted later is dropped, too.
@@ -1637,17 +1682,25 @@ class Lane : public std::enable_shared_from_this<Lane> {
     wake_.notify_all();
   }
 
-  /// Waits until no other thread of this lane runs, but not past `limit`; what runs on is left to
-  /// itself.
+  /// Waits until no other thread of this lane runs, but not past `limit`, nor for one that waits
+  /// for this one; what runs on is left to itself.
   void join(std::optional<SteadyTime> limit) {
     std::unique_lock<std::mutex> lock(mutex_);
-    auto self = std::this_thread::get_id();
-    auto alone = [&] { return threads_.size() == threads_.count(self); };
-    if (limit) {
-      gone_.wait_until(lock, *limit, alone);
-    } else {
-      gone_.wait(lock, alone);
+    std::vector<std::thread::id> others;
+    for (auto& thread : threads_) {
+      bool other = thread.first != std::this_thread::get_id();
+      if (other && HandlerWaits::all().begin(thread.first)) others.push_back(thread.first);
     }
+    auto are_gone = [&] {
+      return std::none_of(others.begin(), others.end(),
+                          [&](auto id) { return threads_.count(id) > 0; });
+    };
+    if (limit) {
+      gone_.wait_until(lock, *limit, are_gone);
+    } else {
+      gone_.wait(lock, are_gone);
+    }
+    HandlerWaits::all().end();
     for (auto& thread : threads_) thread.second.detach();
     threads_.clear();
     auto finished = std::move(finished_);
@@ -1657,6 +1710,12 @@ class Lane : public std::enable_shared_from_this<Lane> {
   }
 
  private:
+  void add_thread() {
+    std::thread thread([self = shared_from_this()] { self->run(); });
+    auto id = thread.get_id();
+    threads_.emplace(id, std::move(thread));
+  }
+
   void run() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (next(lock)) {
@@ -1716,8 +1775,7 @@ class Timer {
     bool first = shared_->tasks.empty() || id < shared_->tasks.begin()->first;
     shared_->tasks.emplace(id, std::move(task));
     if (!shared_->running) {
-      shared_->running = true;
-      lane_->post([shared = shared_] { run(*shared); });
+      shared_->running = lane_->post([shared = shared_] { run(*shared); });
     } else if (first && time < shared_->sleeps_until) {
       shared_->changed.notify_one();
     }
@@ -1785,7 +1843,7 @@ struct Executor {
   Timer timer;
   std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
   std::shared_ptr<Lane> renewals{std::make_shared<Lane>(1)};    // nothing but lease renewals
-  std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // each task bounded to a second
+  std::shared_ptr<Lane> background{std::make_shared<Lane>(2)};  // each task bounded to seconds
   std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams)};
 
   void stop(SteadyTime limit) {
@@ -1822,19 +1880,25 @@ class Strand : public std::enable_shared_from_this<Strand> {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
     tasks_.push_back(std::move(task));
-    if (scheduled_) return;
-    scheduled_ = true;
-    lane_->post([self = shared_from_this()] { self->run_one(); });
+    if (!scheduled_) scheduled_ = lane_->post([self = shared_from_this()] { self->run_one(); });
   }
 
-  /// No handler runs after this has returned, unless it is called from inside one.
-  void close() {
+  /// No handler begins after this has returned.
+  void shut() {
     std::list<Task> dropped;
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
     dropped.swap(tasks_);
-    idle_.wait(lock, [&] { return !running_ || runner_ == std::this_thread::get_id(); });
-    lock.unlock();
+  }
+
+  /// No handler runs after this has returned, unless it is called from inside one, or from a
+  /// handler that this one waits for.
+  void close() {
+    shut();
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!running_ || !HandlerWaits::all().begin(runner_)) return;
+    idle_.wait(lock, [&] { return !running_; });
+    HandlerWaits::all().end();
   }
 
  private:
@@ -1855,8 +1919,8 @@ class Strand : public std::enable_shared_from_this<Strand> {
     lock.lock();
     running_ = false;
     idle_.notify_all();
-    scheduled_ = !tasks_.empty();
-    if (scheduled_) lane_->post([self = shared_from_this()] { self->run_one(); });
+    scheduled_ = !tasks_.empty() &&
+                 lane_->post([self = shared_from_this()] { self->run_one(); });
   }
 
   std::shared_ptr<Lane> lane_;
@@ -1886,11 +1950,17 @@ class LossSignal {
     tell();
   }
 
-  void close() {
-    strand_->close();
+  /// No handler begins from now on; one that runs is not waited for.
+  void shut() {
+    strand_->shut();
     std::function<void(const Error&)> dropped;
     std::lock_guard<std::mutex> lock(mutex_);
     dropped.swap(handler_);
+  }
+  /// As Strand's.
+  void close() {
+    shut();
+    strand_->close();
   }
 
  private:
@@ -2065,6 +2135,7 @@ COORDINATION_API std::optional<std::string> base64_decode(std::string_view text)
 
 /// Empty if it is no JSON, or nested too deeply.
 COORDINATION_API std::optional<Json> parse(std::string_view text) {
+  if (text.find('\0') != std::string_view::npos) return std::nullopt;  // nlohmann would end there
   bool deep = false;
   auto shallow = [&](int depth, Json::parse_event_t, Json&) {
     deep = deep || depth > kMaxDepth;
@@ -2091,7 +2162,10 @@ COORDINATION_API const Json& member(const Json& object, const char* name) {
 COORDINATION_API std::int64_t number(const Json& object, const char* name) {
   const Json& value = member(object, name);
   if (value.is_number_integer()) return value.get<std::int64_t>();
-  if (value.is_number_float()) return static_cast<std::int64_t>(value.get<double>());
+  if (value.is_number_float()) {
+    auto real = value.get<double>();
+    return std::abs(real) < 9e18 ? static_cast<std::int64_t>(real) : 0;
+  }
   if (!value.is_string()) return 0;
   const auto& text = value.get_ref<const std::string&>();
   if (!text.empty() && text[0] == '-') return std::strtoll(text.c_str(), nullptr, 10);
@@ -2247,6 +2321,7 @@ COORDINATION_API std::string watch_body(const WatchRequest& request, std::int64_
   set(json, "prev_kv", request.prev_kv);
   json["watch_id"] = std::to_string(id);
   json["progress_notify"] = true;
+  json["fragment"] = true;  // no line is much longer than the largest request
   Json filters = Json::array();
   if (request.no_put) filters.push_back("NOPUT");
   if (request.no_delete) filters.push_back("NODELETE");
@@ -2425,6 +2500,7 @@ struct WatchLine {
   std::int64_t revision{0};
   std::int64_t compact_revision{0};
   bool created{false}, canceled{false};
+  bool fragment{false};  // the next line of this watch goes on with it
   std::string cancel_reason;
   std::vector<WatchEvent> events;
 };
@@ -2445,6 +2521,7 @@ COORDINATION_API void decode(const Json& json, WatchLine& to) {
   to.compact_revision = number(json, "compact_revision");
   to.created = flag(json, "created");
   to.canceled = flag(json, "canceled");
+  to.fragment = flag(json, "fragment");
   to.cancel_reason = text(json, "cancel_reason");
   const Json& events = member(json, "events");
   if (!events.is_array()) return;
@@ -3050,10 +3127,11 @@ class SocketTap {
     release();
 #if defined(_WIN32)
     socket_ = socket;
+    if (cut_) shut();
 #else
     socket_ = ::fcntl(socket, F_DUPFD_CLOEXEC, 0);
+    if (cut_) spoil(socket);
 #endif
-    if (cut_) shut();
   }
 
   void cut() {
@@ -3085,6 +3163,15 @@ class SocketTap {
     ::shutdown(socket_, SHUT_RDWR);
 #endif
   }
+#if !defined(_WIN32)
+  /// What is not connected yet cannot be shut down; but what is no socket cannot be connected.
+  static void spoil(socket_t socket) {
+    int other = ::open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (other < 0) return;
+    ::dup2(other, socket);
+    ::close(other);
+  }
+#endif
   void release() {
 #if !defined(_WIN32)
     if (socket_ != kNone) ::close(socket_);
@@ -3139,6 +3226,13 @@ COORDINATION_API HostPort split_endpoint(const std::string& endpoint) {
 class HttplibTransport : public Transport {
  public:
   explicit HttplibTransport(TlsOptions tls) : tls_(std::move(tls)) {}
+  ~HttplibTransport() override {
+    NoSigpipe guard;  // TLS says farewell, perhaps to somebody who has gone
+    for (auto& entry : idle_) {
+      for (auto& connection : entry.second) connection->tap.cut();
+    }
+    idle_.clear();
+  }
 
   Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
                                const Context& ctx) override {
@@ -3185,7 +3279,10 @@ class HttplibTransport : public Transport {
 
   static httplib::Error send(httplib::ClientImpl& client, const httplib::Request& request) {
     auto result = client.send(request);
-    return result ? httplib::Error::Success : result.error();
+    if (result) return httplib::Error::Success;
+    // What 0.11 says of a certificate or key that it cannot read.
+    bool odd = result.error() == httplib::Error::Success;
+    return odd ? httplib::Error::SSLLoadingCerts : result.error();
   }
 
   /// Status and body are taken by handlers: httplib 0.11 reports etcd 3.4's errors, which end in
@@ -3398,7 +3495,7 @@ COORDINATION_API const Rule* find_rule(const std::string& message) {
       {"not supported for learner", Code::Unavailable, Next::OtherMember, false, true},
       {"leader changed", Code::Unavailable, Next::Wait, true, false},
       {"too many requests", Code::Unavailable, Next::Wait, false, false},
-      {"database space exceeded", Code::Unavailable, Next::Stop, false, false},
+      {"database space exceeded", Code::Unavailable, Next::Stop, true, false},
       {"required revision has been compacted", Code::Compacted, Next::Stop, false, false},
       {"is a future revision", Code::Validation, Next::Wait, false, false},
       {"lease not found", Code::NotFound, Next::Stop, false, false},
@@ -3881,11 +3978,14 @@ COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit)
   RangeRequest range;
   range.key = options.key_prefix + "/";
   range.keys_only = range.serializable = true;
-  auto token = log_in(join_contexts({&open}, steady_clock::now() + limit));
-  if (!token) return false;
   auto context = join_contexts({&open}, steady_clock::now() + limit);
+  auto token = log_in(context);
+  if (!token) return false;
+  auto late = steady_clock::now() + limit + milliseconds(20);
+  auto watchdog = executor->timer.at(late, [context] { context.cancel(); });
   auto response = transport->perform(
       request(member, "/v3/kv/range", wire::body(range), token->token), nullptr, context);
+  executor->timer.cancel(watchdog);
   bool serves = response && (response->status / 100 == 2 || response->status / 100 == 4);
   if (!serves && !open.cancelled()) {
     member_failed(member, response ? make_error(ErrorCode::Unavailable, "it does not serve")
@@ -4126,8 +4226,10 @@ struct LeaseState {
   bool held() const { return phase == Phase::Live && clock->now() < deadline(); }
 
   void renewed(SteadyTime sent, std::int64_t seconds) {
-    ttl_ms = seconds * 1000;
-    auto until = sent + std::chrono::seconds(seconds);
+    auto longest = std::chrono::duration_cast<std::chrono::seconds>(kLongest).count();
+    auto granted = std::chrono::seconds((std::min)(seconds, longest));
+    ttl_ms = milliseconds(granted).count();
+    auto until = sent + granted;
     std::int64_t ns = std::chrono::nanoseconds(until.time_since_epoch()).count();
     auto before = deadline_ns.load();
     while (ns > before && !deadline_ns.compare_exchange_weak(before, ns)) {
@@ -4183,7 +4285,8 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   /// Ends a lease in the background: tried again until it is done or its TTL is over.
   /// `granted` false: the grant may still be under way.
   void revoke_later(std::int64_t id, milliseconds ttl, bool granted);
-  Result<void> revoke(std::int64_t id, const Context& ctx);
+  /// Ends it now, or in the background where that fails.
+  Result<void> end(const LeasePtr& lease, const Context& ctx);
   Result<void> renew_now(const LeasePtr& lease, const Context& ctx);
   /// Renews it no more.
   void forget(std::int64_t id) {
@@ -4219,17 +4322,21 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
 
   Result<LeasePtr> ask_for(milliseconds ttl, const Context& ctx);
   Result<LeasePtr> add(const LeasePtr& lease);
+  Result<void> revoke(std::int64_t id, const Context& ctx);
+  bool doom(std::int64_t id, milliseconds ttl, bool granted, SteadyTime next);
   void lost(const LeasePtr& lease, const char* why);
   void schedule(SteadyTime when);
   void tick(SteadyTime when);
   void renew(std::vector<LeasePtr> batch);
   std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch);
+  std::vector<LeasePtr> renew_singly(ClientState& client, std::vector<LeasePtr> batch);
   void answered(const LeasePtr& lease, SteadyTime sent, std::int64_t ttl);
   void check_deadlines(std::optional<SteadyTime> when = std::nullopt);
   void watch_deadline(SteadyTime deadline);
   void retire_idle();
   void sweep(SteadyTime when);
   void schedule_sweep(SteadyTime when);
+  void revoke_all(const std::shared_ptr<std::vector<std::int64_t>>& ids, const Context& ctx);
   milliseconds attempt_limit();
   SteadyTime real_time(SteadyTime of_clock, const Clock& clock) const {
     return steady_clock::now() + (of_clock - clock.now());
@@ -4245,6 +4352,12 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   std::optional<SteadyTime> tick_at_, check_at_, sweep_at_;
   bool closed_{false};
 };
+
+COORDINATION_API Result<void> validate_ttl(milliseconds ttl) {
+  if (ttl.count() <= 0) return invalid("a TTL must be positive");
+  if (ttl > std::chrono::hours(24 * 365 * 100)) return invalid("a TTL is over 100 years");
+  return {};
+}
 
 COORDINATION_API Error lease_lost(const char* why) {
   return make_error(ErrorCode::Lost, "the lease is lost", why);
@@ -4279,6 +4392,9 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const C
                                              Safety::Idempotent, ctx);
   if (reply && reply->ttl > 0) {
     lease->renewed(sent, reply->ttl);
+    bool slow = lease->deadline() - client->clock->now() < lease->ttl() / 2;
+    auto renewed = slow ? renew_now(lease, ctx) : Result<void>();
+    if (!renewed) return revoke_later(id, ttl, true), renewed.error();
     return add(lease);
   }
   if (reply) return not_etcd("etcd", "a grant without a TTL");
@@ -4292,13 +4408,13 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const C
 }
 
 COORDINATION_API Result<LeasePtr> LeaseKeeper::add(const LeasePtr& lease) {
-  auto now = lease->clock->now();
+  auto sent = lease->deadline() - lease->ttl();
   SteadyTime due;
   bool closed = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closed = closed_;
-    due = lease->due = now + jittered(lease->ttl() / 3);
+    due = lease->due = sent + jittered(lease->ttl() / 3);
     if (!closed) leases_[lease->id] = lease;
   }
   if (closed) {  // the grant was under way when everything was revoked
@@ -4356,6 +4472,24 @@ COORDINATION_API Result<void> LeaseKeeper::revoke(std::int64_t id, const Context
                                          Safety::Idempotent, ctx);
   if (done || done.error().code == ErrorCode::NotFound) return {};
   return done.error();
+}
+
+/// close() must know of it while the request is under way.
+COORDINATION_API Result<void> LeaseKeeper::end(const LeasePtr& lease, const Context& ctx) {
+  lease->release();
+  auto next = steady_clock::now() + milliseconds(1000);
+  if (!doom(lease->id, lease->ttl(), true, next)) return closed_error();
+  auto done = revoke(lease->id, ctx);
+  if (!done) return schedule_sweep(next), done;
+  std::lock_guard<std::mutex> lock(mutex_);
+  doomed_.erase(lease->id);
+  return {};
+}
+
+/// Whether an error says that etcd cannot be reached, and not only that it refuses.
+COORDINATION_API bool is_out_of_reach(const Error& error) {
+  return error.code == ErrorCode::Connection || error.code == ErrorCode::Timeout ||
+         error.code == ErrorCode::Unavailable || error.code == ErrorCode::Cancelled;
 }
 
 COORDINATION_API void LeaseKeeper::lost(const LeasePtr& lease, const char* why) {
@@ -4432,16 +4566,26 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
     if (client->open.cancelled()) return;
     batch = renew_once(*client, batch);
   }
-  if (batch.size() > 1 && !client->open.cancelled()) {  // one that is refused keeps back the rest
-    auto half = batch.begin() + static_cast<std::ptrdiff_t>(batch.size() / 2);
-    auto first = renew_once(*client, {batch.begin(), half});
-    auto second = renew_once(*client, {half, batch.end()});
-    first.insert(first.end(), second.begin(), second.end());
-    batch = std::move(first);
-  }
+  if (batch.size() > 1) batch = renew_singly(*client, std::move(batch));
   std::lock_guard<std::mutex> lock(mutex_);
   auto now = client->clock->now();
   for (auto& lease : batch) lease->due = now + (std::min)(kRetry, lease->ttl() / 10);
+}
+
+/// One that is refused keeps back the rest of a batch, and a batch needs a new connection, which
+/// may not be had. Returns those that are left when the time of one attempt is over.
+COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(ClientState& client,
+                                                                 std::vector<LeasePtr> batch) {
+  std::sort(batch.begin(), batch.end(), [](const LeasePtr& a, const LeasePtr& b) {
+    return a->deadline() < b->deadline();
+  });
+  const auto end = steady_clock::now() + attempt_limit();
+  std::vector<LeasePtr> left;
+  for (auto& lease : batch) {
+    bool over = client.open.cancelled() || steady_clock::now() >= end;
+    if (over || !renew_once(client, {lease}).empty()) left.push_back(lease);
+  }
+  return left;
 }
 
 /// One request for all; returns those that have got no answer.
@@ -4578,13 +4722,16 @@ COORDINATION_API void LeaseKeeper::retire_idle() {
 
 COORDINATION_API void LeaseKeeper::revoke_later(std::int64_t id, milliseconds ttl, bool granted) {
   auto now = steady_clock::now();
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return;
-    auto until = now + (std::max)(ttl, milliseconds(2000)) + milliseconds(1000);
-    doomed_[id] = {id, until, granted, now};
-  }
-  schedule_sweep(now);
+  if (doom(id, ttl, granted, now)) schedule_sweep(now);
+}
+
+COORDINATION_API bool LeaseKeeper::doom(std::int64_t id, milliseconds ttl, bool granted,
+                                        SteadyTime next) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return false;
+  auto lives = std::clamp(ttl, milliseconds(2000), kLongest) + milliseconds(1000);
+  doomed_[id] = {id, steady_clock::now() + lives, granted, next};
+  return true;
 }
 
 COORDINATION_API void LeaseKeeper::schedule_sweep(SteadyTime when) {
@@ -4617,22 +4764,24 @@ COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
     if (sweep_at_ != when) return;
     sweep_at_.reset();
     for (auto& entry : doomed_) {
-      if (entry.second.next <= now) due.push_back(entry.second);
+      if (entry.second.next > now) continue;
+      entry.second.next = now + milliseconds(1000);  // they stay in the list, for close()
+      due.push_back(entry.second);
     }
   }
   bool reachable = true;
   for (auto& doomed : due) {
     auto quick = Context::with_timeout(milliseconds(800));
-    bool done = reachable && revoke(doomed.id, quick).has_value();
-    reachable = reachable && done;
-    doomed.next = steady_clock::now() + milliseconds(1000);
-    std::lock_guard<std::mutex> lock(mutex_);  // it stays in the list until then, for close()
+    auto done = reachable ? revoke(doomed.id, quick) : Result<void>(closed_error());
+    reachable = reachable && (done || !is_out_of_reach(done.error()));
     // Where etcd cannot be reached, a grant may still wait to be done.
-    if (done && (doomed.granted || doomed.next >= doomed.until)) {
-      doomed_.erase(doomed.id);
-    } else {
-      doomed_[doomed.id] = doomed;
-    }
+    auto ended = steady_clock::now();
+    bool over = (done && doomed.granted) || ended >= doomed.until;
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = doomed_.find(doomed.id);
+    if (it == doomed_.end()) continue;
+    it->second.next = ended + milliseconds(1000);
+    if (over) doomed_.erase(it);
   }
   std::optional<SteadyTime> next;
   {
@@ -4648,9 +4797,6 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
   auto client = client_.lock();
   if (!client) return;
   auto ids = std::make_shared<std::vector<std::int64_t>>();
-  auto ctx = Context::with_deadline(limit);
-  // Those that are under way bring leases that must be revoked, too; new ones are refused.
-  grants_.wait(ctx, [this] { return granting_ == 0; });
   std::vector<LeasePtr> leases;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -4664,19 +4810,29 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
   for (auto& lease : leases) {
     if (lease->release()) ids->push_back(lease->id);
   }
-  // Over the stream threads, which have nothing else to do any more; a second is soon over.
+  auto ctx = Context::with_deadline(limit);
+  revoke_all(ids, ctx);
+  // Grants that are under way bring leases that are revoked when they come; new ones are refused.
+  grants_.wait(ctx, [this] { return granting_ == 0; });
+}
+
+/// Over the stream threads, which have nothing else to do any more; a second is soon over.
+COORDINATION_API void LeaseKeeper::revoke_all(
+    const std::shared_ptr<std::vector<std::int64_t>>& ids, const Context& ctx) {
+  auto client = client_.lock();
+  if (!client || ids->empty()) return;
   auto next = std::make_shared<std::atomic<std::size_t>>(0);
   auto gate = std::make_shared<Gate>();
   auto running = std::make_shared<int>(static_cast<int>(kMaxStreams) - 1);
   auto work = [self = shared_from_this(), ids, next, gate, running, ctx] {
     for (auto i = (*next)++; i < ids->size() && !ctx.done(); i = (*next)++) {
-      if (!self->revoke((*ids)[i], ctx)) break;
+      auto done = self->revoke((*ids)[i], ctx);
+      if (!done && is_out_of_reach(done.error())) break;
     }
     std::lock_guard<std::mutex> lock(gate->mutex);
     --*running;
     gate->changed.notify_all();
   };
-  if (ids->empty()) return;
   for (std::size_t i = 1; i < kMaxStreams; ++i) client->executor->streams->post(work);
   gate->wait(ctx, [&] { return *running == 0; });
 }
@@ -4684,7 +4840,8 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
 }  // namespace detail
 
 COORDINATION_API Result<Lease> Client::grant(milliseconds ttl, Context ctx) {
-  if (ttl.count() <= 0) return detail::invalid("a TTL must be positive");
+  auto valid = detail::validate_ttl(ttl);
+  if (!valid) return valid.error();
   auto lease = state_->leases->grant(ttl, ctx);
   if (!lease) return lease.error();
   return Lease(std::move(*lease));
@@ -4732,13 +4889,12 @@ COORDINATION_API Result<void> Lease::keep_alive_once(Context ctx) {
 }
 
 COORDINATION_API Result<void> Lease::revoke(Context ctx) {
-  state_->release();
-  auto done = state_->client->leases->revoke(state_->id, ctx);
-  if (!done) state_->client->leases->revoke_later(state_->id, state_->ttl(), true);
-  return done;
+  state_->loss.shut();
+  return state_->client->leases->end(state_, ctx);
 }
 
 COORDINATION_API std::int64_t Lease::detach() {
+  state_->loss.shut();
   state_->release();
   state_->client->leases->forget(state_->id);
   return state_->id;
@@ -4784,12 +4940,16 @@ struct HubWatch {
   bool overlap{false};                // see create_body
   bool confirmed{false};              // etcd has answered its creation, once at least
   bool logged_in_again{false};
+  SteadyTime heard{};                 // when a stream that it has left was last heard of
 };
 
 using HubWatchPtr = std::shared_ptr<HubWatch>;
 
 /// One POST to /v3/watch that carries many watches.
 struct HubStream {
+  explicit HubStream(std::shared_ptr<Clock> c) : clock(std::move(c)) {}
+
+  const std::shared_ptr<Clock> clock;
   Context ctx;
   ClientState::StreamPlace place;
   std::unordered_map<std::int64_t, HubWatchPtr> watches;
@@ -4801,14 +4961,17 @@ struct HubStream {
   bool reset{false};                       // etcd's history is shorter than ours
   bool rests{false};                       // all its watches have been silent since a compaction
   std::size_t wasted{0};                   // events for watches that have left
-  const SteadyTime begun{steady_clock::now()};
+  std::map<std::int64_t, std::vector<WatchEvent>> fragments;  // by watch; its own thread's
+  const SteadyTime begun{clock->now()};
   std::atomic<std::int64_t> heard_ns{0};
 
   SteadyTime heard() const { return SteadyTime(std::chrono::nanoseconds(heard_ns.load())); }
   void hear() {
-    auto now = steady_clock::now().time_since_epoch();
+    auto now = clock->now().time_since_epoch();
     heard_ns = std::chrono::nanoseconds(now).count();
   }
+  /// What it carries is little beside what comes for watches that have left.
+  bool is_wasteful() const { return open && !rests && wasted > 1000 + 4 * watches.size(); }
 };
 
 using HubStreamPtr = std::shared_ptr<HubStream>;
@@ -4832,7 +4995,10 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   /// A parked watch goes on.
   void resume(std::int64_t id);
   bool connected(std::int64_t id);
-  SteadyTime last_heard();
+  /// When etcd was last heard of on a stream that carried this watch.
+  SteadyTime last_heard(std::int64_t id);
+  /// When the clock has jumped.
+  void wake() { look_after_streams(); }
   void close();
 
  private:
@@ -4841,6 +5007,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static constexpr milliseconds kPace{200};    //   in this time
   static constexpr milliseconds kLinger{150};  // etcd serves a watch that is behind every 100 ms
   static constexpr milliseconds kSilence{5000};
+  static constexpr milliseconds kConfirmation{10000};  // for a stream; a ms more for each watch
   static constexpr std::size_t kFew = 100;        // watches that etcd creates in no time
   static constexpr std::size_t kMostResting = 2;  // streams that rest
 
@@ -4848,7 +5015,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   void schedule(SteadyTime when);
   void open_next();
   std::vector<HubStreamPtr> choose_victims();
-  HubStreamPtr make_stream(std::vector<HubStreamPtr> victims);
+  HubStreamPtr make_stream(std::vector<HubStreamPtr> victims, std::shared_ptr<Clock> clock);
   void run(const HubStreamPtr& stream);
   std::string create_body(const HubStreamPtr& stream);
   bool on_line(const HubStreamPtr& stream, std::string_view text, Error& end);
@@ -4866,11 +5033,19 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   void on_events(const HubStreamPtr& stream, wire::WatchLine& line);
   void on_end(const HubStreamPtr& stream, const Error& error);
   void detach(const HubStreamPtr& stream);
+  bool leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch);
   void leave(const HubWatchPtr& watch, State state);
+  static std::vector<WatchEvent> whole_events(const HubStreamPtr& stream, wire::WatchLine& line);
+  static bool pass_on(HubWatch& watch, HubSink& sink, std::vector<WatchEvent> events);
+  void waste(const HubStreamPtr& stream, const wire::WatchLine& line);
+  void saw(std::int64_t revision);
   HubWatchPtr find(const HubStreamPtr& stream, std::int64_t id);
   void end_watch(const HubWatchPtr& watch, const std::function<void(HubSink&)>& tell);
   void supervise();
-  void check(const HubStreamPtr& stream);
+  void look_after_streams();
+  std::map<std::size_t, std::vector<HubStreamPtr>> silent_streams();
+  void give_up_unconfirmed();
+  void check(std::size_t member, const std::vector<HubStreamPtr>& streams);
   void check_history(const HubStreamPtr& stream);
 
   std::weak_ptr<ClientState> client_;
@@ -4883,7 +5058,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   HubStreamPtr merging_;
   std::optional<SteadyTime> open_at_;
   std::deque<SteadyTime> opened_;  // when the last kBurst streams were
-  SteadyTime last_heard_{};
+  std::set<std::size_t> checking_;  // members that are being asked whether they serve
+  std::atomic<std::int64_t> highest_{0};  // revision that etcd has told of
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
   int denied_{0};  // streams that were refused, one after the other
   bool supervised_{false}, closed_{false};
@@ -4959,11 +5135,13 @@ COORDINATION_API bool WatchHub::connected(std::int64_t id) {
   });
 }
 
-COORDINATION_API SteadyTime WatchHub::last_heard() {
+COORDINATION_API SteadyTime WatchHub::last_heard(std::int64_t id) {
   std::lock_guard<std::mutex> lock(mutex_);
-  auto last = last_heard_;
+  auto it = watches_.find(id);
+  if (it == watches_.end()) return {};
+  auto last = it->second->heard;
   for (auto& stream : streams_) {
-    last = (std::max)(last, stream->heard());
+    if (stream->watches.count(id) > 0) last = (std::max)(last, stream->heard());
   }
   return last;
 }
@@ -5017,7 +5195,7 @@ COORDINATION_API void WatchHub::open_next() {
     if (waiting_.empty() && victims.empty()) return;
     // None can be merged before it is confirmed: then this is called again.
     if (steady - victims.size() + 1 > kMaxStreams - 1) return;
-    stream = make_stream(std::move(victims));
+    stream = make_stream(std::move(victims), client->clock);
     opened_.push_back(steady_clock::now());
     if (opened_.size() > kBurst) opened_.pop_front();
     supervise_now = !supervised_;
@@ -5035,8 +5213,7 @@ COORDINATION_API void WatchHub::open_next() {
 COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
   std::vector<HubStreamPtr> candidates, victims;
   for (auto& stream : streams_) {
-    bool wasteful = stream->wasted > 1000 + 4 * stream->watches.size();
-    if (stream->open && wasteful && !stream->rests) {
+    if (stream->is_wasteful()) {
       victims.push_back(stream);
     } else if (stream->open && !stream->rests) {
       candidates.push_back(stream);
@@ -5060,8 +5237,9 @@ COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
   return victims;
 }
 
-COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> victims) {
-  auto stream = std::make_shared<HubStream>();
+COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> victims,
+                                                    std::shared_ptr<Clock> clock) {
+  auto stream = std::make_shared<HubStream>(std::move(clock));
   auto join = [&](const HubWatchPtr& watch) {
     if (!stream->watches.emplace(watch->id, watch).second) return;
     stream->unconfirmed.push_back(watch);
@@ -5085,11 +5263,15 @@ COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> vi
 /// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there
 /// all the same. Who comes back asks for one revision more than it needs, to be told.
 COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::pair<HubWatchPtr, bool>> watches;  // and whether they overlap
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& watch : stream->unconfirmed) watches.emplace_back(watch, watch->overlap);
+  }
   std::string body;
-  for (auto& watch : stream->unconfirmed) {
+  for (auto& [watch, overlap] : watches) {
     auto start = watch->next_revision.load();
-    if (watch->overlap && watch->anchored && start > 1) --start;
+    if (overlap && watch->anchored && start > 1) --start;
     body += wire::watch_body(watch->request, watch->id, start) + "\n";
   }
   return body;
@@ -5136,6 +5318,7 @@ COORDINATION_API bool WatchHub::on_line(const HubStreamPtr& stream, std::string_
   } else {
     on_events(stream, *line);
   }
+  saw(line->revision);
   return true;
 }
 
@@ -5149,14 +5332,19 @@ COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
     watch = std::move(stream->unconfirmed.front());
     stream->unconfirmed.pop_front();
     all = stream->unconfirmed.empty();
-    bool behind = watch->anchored && line.revision > 0 && line.revision + 1 < watch->next_revision;
-    stream->reset = stream->reset || behind;
+    stream->reset = stream->reset || (line.revision > 0 && line.revision < highest_);
     if (!line.canceled) watch->logged_in_again = false;
     watch->confirmed = true;
     confirmed_.notify_all();
   }
   if (line.canceled) refused(stream, watch, line.cancel_reason);
   if (all) on_confirmed(stream);
+}
+
+COORDINATION_API void WatchHub::saw(std::int64_t revision) {
+  auto before = highest_.load();
+  while (revision > before && !highest_.compare_exchange_weak(before, revision)) {
+  }
 }
 
 COORDINATION_API void WatchHub::refused(const HubStreamPtr& stream, const HubWatchPtr& watch,
@@ -5177,8 +5365,10 @@ COORDINATION_API void WatchHub::refused(const HubStreamPtr& stream, const HubWat
     if (again) when += backoff_.next();
     again = again || (login && !watch->logged_in_again);
     if (again) {
-      leave(watch, State::Waiting);
       watch->logged_in_again = login;
+      bool leaves = leave_stream(stream, watch);
+      if (!leaves || watch->streams > 0) return;  // on another stream it stays
+      watch->state = State::Waiting;
       waiting_.push_back(watch);
     }
   }
@@ -5226,6 +5416,15 @@ COORDINATION_API void WatchHub::on_canceled(const HubStreamPtr& stream,
   if (!watch) return;
   if (line.compact_revision != 0) {
     if (stays_behind(stream, watch)) return;
+    if (watch->next_revision > line.compact_revision) {  // by now it needs nothing that is gone
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (watch->state == State::Over) return;
+        leave(watch, State::Waiting);
+        waiting_.push_back(watch);
+      }
+      return schedule(steady_clock::now());
+    }
     return end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
   }
   refused(stream, watch, line.cancel_reason);
@@ -5244,10 +5443,7 @@ COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream,
     if (victim->over || victim->watches.count(watch->id) == 0) continue;
     if (!victim->rests && static_cast<std::size_t>(resting) >= kMostResting) return false;
     victim->rests = true;
-    --watch->streams;
-    stream->watches.erase(watch->id);
-    if (stream->watches.empty()) detach(stream);
-    return true;
+    return leave_stream(stream, watch);
   }
   return false;
 }
@@ -5256,47 +5452,33 @@ COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream,
 /// Under the mutex.
 COORDINATION_API void WatchHub::take_over(const HubStreamPtr& stream) {
   for (auto& victim : stream->victims) {
-    if (!victim->rests) detach(victim);
-  }
-  for (auto& victim : stream->victims) {
     if (victim->over) continue;
     for (auto& entry : stream->watches) {
       if (victim->watches.erase(entry.first) > 0) --entry.second->streams;
     }
+    if (victim->watches.empty()) detach(victim);
+  }
+  for (auto& victim : stream->victims) {
+    victim->rests = !victim->over;
     bool room = streams_.size() <= kMaxStreams - 1;  // one must be left to merge into
-    if (victim->watches.empty() || !room) detach(victim);
+    if (!room) detach(victim);
   }
 }
 
 COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
   auto watch = find(stream, line.id);
-  if (!watch) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stream->wasted += line.events.size();
-    return;
-  }
+  if (!watch) return waste(stream, line);
   auto sink = watch->sink.lock();
   if (!sink) return;
   bool wants_more = true;
   {
     std::lock_guard<std::mutex> lock(watch->delivering);
-    auto& events = line.events;
-    if (events.empty() && line.revision >= watch->next_revision) {
+    if (line.events.empty() && line.revision >= watch->next_revision) {
       watch->next_revision = line.revision + 1;
       watch->anchored = true;
       sink->progress(line.revision);
     }
-    for (auto it = events.begin(); it != events.end() && wants_more;) {
-      auto revision = it->revision;
-      auto last = std::find_if(it, events.end(),
-                               [&](const WatchEvent& e) { return e.revision != revision; });
-      if (revision >= watch->next_revision) {
-        wants_more = sink->deliver({std::make_move_iterator(it), std::make_move_iterator(last)});
-        watch->next_revision = revision + 1;
-        watch->anchored = true;
-      }
-      it = last;
-    }
+    wants_more = pass_on(*watch, *sink, whole_events(stream, line));
   }
   if (wants_more) return;
   {
@@ -5305,6 +5487,56 @@ COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::Watc
     leave(watch, State::Parked);
   }
   if (sink->ready()) resume(watch->id);  // it was emptied in between
+}
+
+/// The events of a line, after what an earlier one has left over. Where the line goes on, its last
+/// revision is held back: it may not be whole.
+COORDINATION_API std::vector<WatchEvent> WatchHub::whole_events(const HubStreamPtr& stream,
+                                                                wire::WatchLine& line) {
+  if (!line.fragment && stream->fragments.empty()) return std::move(line.events);
+  auto node = stream->fragments.extract(line.id);
+  auto events = node ? std::move(node.mapped()) : std::vector<WatchEvent>();
+  events.insert(events.end(), std::make_move_iterator(line.events.begin()),
+                std::make_move_iterator(line.events.end()));
+  if (!line.fragment || events.empty()) return events;
+  auto last = std::find_if(events.begin(), events.end(), [&](const WatchEvent& event) {
+    return event.revision == events.back().revision;
+  });
+  stream->fragments[line.id].assign(std::make_move_iterator(last),
+                                    std::make_move_iterator(events.end()));
+  events.erase(last, events.end());
+  return events;
+}
+
+/// Gives the sink what it has not had yet, revision by revision; false when it wants no more.
+COORDINATION_API bool WatchHub::pass_on(HubWatch& watch, HubSink& sink,
+                                        std::vector<WatchEvent> events) {
+  bool wants_more = true;
+  for (auto it = events.begin(); it != events.end() && wants_more;) {
+    auto revision = it->revision;
+    auto last = std::find_if(it, events.end(),
+                             [&](const WatchEvent& e) { return e.revision != revision; });
+    if (revision >= watch.next_revision) {
+      wants_more = sink.deliver({std::make_move_iterator(it), std::make_move_iterator(last)});
+      watch.next_revision = revision + 1;
+      watch.anchored = true;
+    }
+    it = last;
+  }
+  return wants_more;
+}
+
+/// What comes for a watch that has left cannot be called off; when it is too much, the others move.
+COORDINATION_API void WatchHub::waste(const HubStreamPtr& stream, const wire::WatchLine& line) {
+  stream->fragments.erase(line.id);
+  SteadyTime when;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stream->wasted += line.events.size();
+    if (merging_ || !stream->is_wasteful()) return;
+    when = next_opening();
+  }
+  schedule(when);
 }
 
 COORDINATION_API HubWatchPtr WatchHub::find(const HubStreamPtr& stream, std::int64_t id) {
@@ -5325,7 +5557,9 @@ COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& 
     if (closed_) return;
     denied_ = error.code == ErrorCode::PermissionDenied ? denied_ + 1 : 0;
     if (denied_ > 1) {  // not a dead token, which the next stream would have replaced
-      for (auto& entry : stream->watches) denied.push_back(entry.second);
+      for (auto& entry : stream->watches) {
+        if (entry.second->streams <= 1) denied.push_back(entry.second);
+      }
     }
     if (!stream->over) {
       when += backoff_.next();
@@ -5351,12 +5585,12 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
   stream->over = true;
   for (auto& entry : stream->watches) {
     auto& watch = entry.second;
+    watch->heard = (std::max)(watch->heard, stream->heard());
     if (--watch->streams > 0 || watch->state != State::Open) continue;
     watch->state = State::Waiting;
     waiting_.push_back(watch);
   }
   stream->watches.clear();
-  last_heard_ = (std::max)(last_heard_, stream->heard());
   streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
   if (merging_ == stream) merging_.reset();
   stream->victims.clear();
@@ -5364,14 +5598,22 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
   if (client) client->executor->timer.after(milliseconds(0), [ctx = stream->ctx] { ctx.cancel(); });
 }
 
-/// The watch leaves all streams; a stream that has none left ends. Under the mutex.
+/// The watch leaves a stream, which ends when it has none left; false: it had left before. Under
+/// the mutex.
+COORDINATION_API bool WatchHub::leave_stream(const HubStreamPtr& stream,
+                                             const HubWatchPtr& watch) {
+  if (stream->watches.erase(watch->id) == 0) return false;
+  --watch->streams;
+  watch->heard = (std::max)(watch->heard, stream->heard());
+  if (stream->watches.empty()) detach(stream);
+  return true;
+}
+
+/// The watch leaves all streams. Under the mutex.
 COORDINATION_API void WatchHub::leave(const HubWatchPtr& watch, State state) {
   watch->state = state;
-  watch->streams = 0;
   auto streams = streams_;
-  for (auto& stream : streams) {
-    if (stream->watches.erase(watch->id) > 0 && stream->watches.empty()) detach(stream);
-  }
+  for (auto& stream : streams) leave_stream(stream, watch);
   waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), watch), waiting_.end());
   if (state == State::Over) watches_.erase(watch->id);
 }
@@ -5388,71 +5630,117 @@ COORDINATION_API void WatchHub::end_watch(const HubWatchPtr& watch,
 
 // Looking after streams.
 
-/// A stream may be silent because nothing happens or because its member is frozen or cut off: then
-/// a request to the same member tells.
 COORDINATION_API void WatchHub::supervise() {
   auto client = client_.lock();
   if (!client) return;
-  std::vector<HubStreamPtr> silent;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
-    auto now = steady_clock::now();
-    for (auto& stream : streams_) {
-      if (now - (std::max)(stream->heard(), stream->begun) >= kSilence) silent.push_back(stream);
-    }
   }
-  for (auto& stream : silent) {
-    client->executor->background->post([weak = weak_from_this(), stream] {
-      if (auto self = weak.lock()) self->check(stream);
-    });
-  }
+  look_after_streams();
   client->executor->timer.after(kSilence / 2, [weak = weak_from_this()] {
     if (auto self = weak.lock()) self->supervise();
   });
 }
 
-COORDINATION_API void WatchHub::check(const HubStreamPtr& stream) {
+COORDINATION_API void WatchHub::look_after_streams() {
   auto client = client_.lock();
-  if (!client || stream->ctx.cancelled()) return;
-  bool serves = client->probe(stream->place.member, milliseconds(1000));
-  bool give_up = false;
+  if (!client) return;
+  give_up_unconfirmed();
+  for (auto& entry : silent_streams()) {
+    client->executor->background->post(
+        [weak = weak_from_this(), member = entry.first, streams = entry.second] {
+          if (auto self = weak.lock()) self->check(member, streams);
+        });
+  }
+}
+
+/// What a stream should have answered long ago may be held back by something in between.
+COORDINATION_API void WatchHub::give_up_unconfirmed() {
+  auto client = client_.lock();
+  if (!client) return;
+  std::vector<HubStreamPtr> late;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->over) return;
-    give_up = !serves && stream->suspect;
-    stream->suspect = !serves;
-    if (serves) stream->hear();
+    for (auto& stream : streams_) {
+      auto limit = kConfirmation + milliseconds(stream->watches.size());
+      bool is_late = client->clock->now() - stream->begun > limit;
+      if (!stream->open && is_late) late.push_back(stream);
+    }
   }
-  if (give_up) stream->ctx.cancel();
+  for (auto& stream : late) {
+    client->member_failed(stream->place.member,
+                          make_error(ErrorCode::Unavailable, "it does not confirm watches"));
+    stream->ctx.cancel();
+  }
+}
+
+/// By member, where that is not being asked already.
+COORDINATION_API std::map<std::size_t, std::vector<HubStreamPtr>> WatchHub::silent_streams() {
+  std::map<std::size_t, std::vector<HubStreamPtr>> silent;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& stream : streams_) {
+    auto heard = (std::max)(stream->heard(), stream->begun);
+    bool is_silent = stream->clock->now() - heard >= kSilence;
+    auto member = stream->place.member.load();
+    if (is_silent && checking_.count(member) == 0) silent[member].push_back(stream);
+  }
+  for (auto& entry : silent) checking_.insert(entry.first);
+  return silent;
+}
+
+/// A stream may be silent because nothing happens or because its member is frozen or cut off: then
+/// a request to the same member tells.
+COORDINATION_API void WatchHub::check(std::size_t member,
+                                      const std::vector<HubStreamPtr>& streams) {
+  auto client = client_.lock();
+  if (!client) return;
+  bool serves = client->probe(member, milliseconds(1000));
+  std::vector<HubStreamPtr> given_up;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    checking_.erase(member);
+    for (auto& stream : streams) {
+      if (stream->over) continue;
+      if (!serves && stream->suspect) given_up.push_back(stream);
+      stream->suspect = !serves;
+      if (serves) stream->hear();
+    }
+  }
+  for (auto& stream : given_up) stream->ctx.cancel();
 }
 
 /// etcd has said a revision that is older than what we have seen: a member that is behind, or a
 /// store that was wiped or restored. A linearizable read tells; in the second case all watches
-/// that wait for what will not come begin anew.
+/// that follow the old history begin anew.
 COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
   auto client = client_.lock();
   if (!client) return;
-  std::vector<std::pair<HubWatchPtr, std::int64_t>> watches;  // with what they wait for now
+  const auto seen = highest_.load();
+  RangeRequest range;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& entry : stream->watches) {
-      if (!entry.second->anchored) continue;
-      watches.emplace_back(entry.second, entry.second->next_revision);
-    }
+    if (stream->watches.empty()) return;
+    auto& request = stream->watches.begin()->second->request;
+    range.key = request.key;
+    range.range_end = request.range_end;
   }
-  if (watches.empty()) return;
-  RangeRequest range;
-  range.key = watches.front().first->request.key;
-  range.range_end = watches.front().first->request.range_end;
   range.limit = 1;
   range.keys_only = true;
   auto now = client->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read,
                                         Context::with_timeout(milliseconds(1000)));
   if (!now) return stream->ctx.cancel();  // it will be looked at again on the next stream
-  for (auto& [watch, waits_for] : watches) {
-    if (waits_for <= now->revision + 1) continue;
-    end_watch(watch, [&, rev = now->revision](HubSink& sink) { sink.history_lost(rev); });
+  if (now->revision >= seen) return;
+  highest_ = now->revision;
+  std::vector<HubWatchPtr> watches;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& entry : watches_) {
+      if (entry.second->anchored) watches.push_back(entry.second);
+    }
+  }
+  for (auto& watch : watches) {
+    end_watch(watch, [rev = now->revision](HubSink& sink) { sink.history_lost(rev); });
   }
 }
 
@@ -5464,6 +5752,8 @@ class EventPort {
   virtual ~EventPort() = default;
   /// False: full.
   virtual bool push(WatchEvent event) = 0;
+  /// All changes up to `revision` were pushed. It goes back only where the history is another.
+  virtual void moved(std::int64_t revision) { static_cast<void>(revision); }
   virtual bool ready() = 0;
   virtual void failed(const Error& error) = 0;
 };
@@ -5495,8 +5785,8 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   bool connected() const { return client_->watches->connected(hub_id()); }
   milliseconds age() const {
     if (connected()) return milliseconds(0);
-    auto heard = (std::max)(client_->watches->last_heard(), read_at_.load());
-    return std::chrono::duration_cast<milliseconds>(steady_clock::now() - heard);
+    auto heard = (std::max)(client_->watches->last_heard(hub_id()), heard_at_.load());
+    return std::chrono::duration_cast<milliseconds>(client_->clock->now() - heard);
   }
   const std::shared_ptr<ClientState>& client() const { return client_; }
 
@@ -5513,6 +5803,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       if (mode_ != Mode::Raw && !learn(event)) continue;
       more = port->push(std::move(event)) && more;
     }
+    port->moved(revision_);
     return more;
   }
   bool ready() override {
@@ -5520,8 +5811,10 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     return port && !stopped_ && port->ready();
   }
   void progress(std::int64_t revision) override {
+    auto port = port_.lock();
     std::lock_guard<std::mutex> lock(mutex_);
     revision_ = (std::max)(revision_, revision);
+    if (port) port->moved(revision_);
   }
   void compacted(std::int64_t revision) override { on_compacted(revision); }
   bool ends_with_history() const override { return mode_ == Mode::Raw; }
@@ -5530,9 +5823,11 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       std::lock_guard<std::mutex> lock(mutex_);
       all_anew_ = true;
     }
+    if (auto port = port_.lock()) port->moved(0);
     on_compacted(revision);
   }
   void failed(const Error& error) override {
+    heard_at_ = client_->clock->now();
     if (auto port = port_.lock()) port->failed(error);
   }
 
@@ -5559,7 +5854,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   std::weak_ptr<EventPort> port_;
   std::atomic<std::int64_t> hub_id_{0};
   std::atomic<bool> stopped_{false};
-  std::atomic<SteadyTime> read_at_{SteadyTime{}};
+  std::atomic<SteadyTime> heard_at_{SteadyTime{}};
   mutable std::mutex mutex_;
   Known known_;
   std::int64_t revision_{0};
@@ -5640,8 +5935,9 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
         port->push(std::move(event));
       }
       revision_ = revision;
+      port->moved(revision);
     }
-    read_at_ = steady_clock::now();
+    heard_at_ = client_->clock->now();
     join_hub(revision + 1);
     client_->watches->settle(hub_id(), ctx);
     return {};
@@ -5699,6 +5995,7 @@ COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
 }
 
 COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
+  heard_at_ = client_->clock->now();
   if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
   auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
                           "etcd has discarded the history up to revision " +
@@ -5775,8 +6072,9 @@ COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
   }
   if (mode_ == Mode::ByAge) sort_by_age(events);
   revision_ = snapshot.revision;
-  read_at_ = steady_clock::now();
+  heard_at_ = client_->clock->now();
   for (auto& event : events) port->push(std::move(event));
+  port->moved(revision_);
 }
 
 /// A bounded queue of events, read by next() or by a handler.
@@ -5953,11 +6251,9 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
                                          RangeFeed::Mode::LiveWithValues)),
         strand(std::make_shared<Strand>(client->executor->callbacks, client->log)) {}
 
-  bool push(WatchEvent event) override {
+  bool push(WatchEvent) override {
     stale = true;
     std::lock_guard<std::mutex> lock(gate.mutex);
-    pushed = event.revision;
-    gate.changed.notify_all();
     if (!handler || told) return true;
     told = true;
     strand->post([weak = weak_from_this()] {
@@ -5965,8 +6261,18 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
     });
     return true;
   }
+  void moved(std::int64_t revision) override {
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    shown = revision;
+    gate.changed.notify_all();
+  }
   bool ready() override { return true; }
   void failed(const Error& error) override {
+    {
+      std::lock_guard<std::mutex> lock(gate.mutex);
+      end = error;
+      gate.changed.notify_all();
+    }
     if (error.code == ErrorCode::Cancelled) return;
     (*feed->client()->log)(LogLevel::Error, "a view has ended", {{"cause", to_string(error)}});
   }
@@ -5982,9 +6288,11 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
     handler = std::move(fn);
   }
   Result<void> wait_for(std::int64_t revision, const Context& ctx) {
-    auto now = feed->look([](const auto&, std::int64_t shown) { return shown; });
     auto both = join_contexts({&ctx, &feed->client()->open});
-    if (now >= revision || gate.wait(both, [&] { return pushed >= revision; })) return {};
+    gate.wait(both, [&] { return shown >= revision || end; });
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    if (shown >= revision) return {};
+    if (end) return *end;
     if (feed->client()->open.cancelled()) return closed_error();
     return context_error(ctx, "the view does not show this revision");
   }
@@ -5998,8 +6306,9 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   std::shared_ptr<Strand> strand;
   Gate gate;
   std::function<void()> handler;
-  std::int64_t pushed{0};  // the revision of the last change
-  bool told{false};        // that something has changed
+  std::int64_t shown{0};      // the revision that it stands for
+  std::optional<Error> end{};  // why it stands still
+  bool told{false};           // that something has changed
   std::string prefix{};                  // of the keys, taken off before they are shown
   std::function<bool(const std::string&)> shows{};
   std::atomic<std::uint64_t> turn{0};    // of the round robin
@@ -6082,12 +6391,6 @@ COORDINATION_API Result<void> validate_key(const std::string& key, const char* w
   }
 }
 
-COORDINATION_API Result<void> validate_ttl(milliseconds ttl) {
-  if (ttl.count() <= 0) return invalid("a TTL must be positive");
-  if (ttl > std::chrono::hours(24 * 365 * 100)) return invalid("a TTL is over 100 years");
-  return {};
-}
-
 COORDINATION_API std::string lease_hex(std::int64_t lease) {
   std::array<char, 17> text{};
   std::snprintf(text.data(), text.size(), "%llx", static_cast<unsigned long long>(lease));
@@ -6117,7 +6420,8 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   enum class Phase { Held, Lost, Released };
 
   OwnedKey(std::shared_ptr<ClientState> c, std::string k, std::int64_t t, LeasePtr l)
-      : client(std::move(c)), key(std::move(k)), token(t), lease(std::move(l)),
+      : client(std::move(c)), key(std::move(k)), token(t), written(t), leases{std::move(l)},
+        lease_ids{leases.front()->id},
         loss(std::make_shared<Strand>(client->executor->callbacks, client->log)) {
     ours = Compare::create_revision(key, Compare::Is::Equal, token);
   }
@@ -6126,9 +6430,11 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   const std::string key;
   const std::int64_t token;  // create revision; of a registration: the revision of its put
   Compare ours;              // true in a Txn while the key is ours
+  std::atomic<std::int64_t> written;  // the revision of our last put, as far as we know
   std::mutex mutex;
-  LeasePtr lease;            // the mutex guards it
-  LeasePtr spare;            // one to which the key may have gone, too; the mutex guards it
+  // The mutex guards these:
+  std::vector<LeasePtr> leases;         // the key hangs on one of them, most likely the first
+  std::vector<std::int64_t> lease_ids;  // all on which we may ever have put it
   std::atomic<Phase> phase{Phase::Held};
   std::atomic<std::int64_t> hub_id{0};
   LossSignal loss;
@@ -6138,15 +6444,20 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   /// A key that is soon given back is not worth a watch.
   static constexpr milliseconds kWatchAfter{250};
+  static constexpr std::size_t kMostIds = 16;
 
   LeasePtr present_lease() {
     std::lock_guard<std::mutex> lock(mutex);
-    return lease;
+    return leases.front();
+  }
+  bool is_settled() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return leases.size() == 1;
   }
   bool held() {
     if (phase != Phase::Held) return false;
     std::lock_guard<std::mutex> lock(mutex);
-    return lease->held() && (!spare || spare->held());
+    return std::all_of(leases.begin(), leases.end(), [](const auto& l) { return l->held(); });
   }
 
   /// Follows the lease, and after a while the key.
@@ -6184,30 +6495,49 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     if (on_loss) on_loss(error);
   }
 
-  /// The key may be on its way to another lease, which is ours, too.
-  void set_spare(const LeasePtr& other) {
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (spare) client->leases->drop(spare);
-      spare = other;
-    }
-    attach(other);  // whichever of the two is lost, the key may go with it
-  }
-  LeasePtr take_spare() {
+  /// The key may be on its way to another lease. False: it is not ours any more.
+  bool add_lease(const LeasePtr& other) {
+    attach(other);  // whichever is lost, the key may go with it
+    remember({other->id});
     std::lock_guard<std::mutex> lock(mutex);
-    return std::exchange(spare, nullptr);
+    if (phase == Phase::Held) leases.push_back(other);
+    return phase == Phase::Held;
+  }
+  void remember(const std::vector<std::int64_t>& ids) {
+    std::lock_guard<std::mutex> lock(mutex);
+    lease_ids.insert(lease_ids.end(), ids.begin(), ids.end());
+    while (lease_ids.size() > kMostIds) lease_ids.erase(lease_ids.begin());
+  }
+  std::vector<std::int64_t> remembered() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return lease_ids;
+  }
+  /// It has not gone there, or it is somebody else's concern.
+  void remove_lease(const LeasePtr& other) {
+    std::lock_guard<std::mutex> lock(mutex);
+    leases.erase(std::remove(leases.begin(), leases.end(), other), leases.end());
+  }
+  /// It hangs on this one of them, and on no other. False: it is not ours any more.
+  bool settle_on(const LeasePtr& lease, std::int64_t revision) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (phase != Phase::Held) return false;
+    written = revision;
+    for (auto& other : std::exchange(leases, {lease})) {
+      if (other != lease) client->leases->drop(other);
+    }
+    return true;
   }
 
   void give_up_leases() {
     std::lock_guard<std::mutex> lock(mutex);
-    client->leases->drop(lease);
-    if (spare) client->leases->drop(spare);
+    for (auto& lease : leases) client->leases->drop(lease);
   }
 
   // HubSink.
 
   bool deliver(std::vector<WatchEvent> events) override {
     for (auto& event : events) {
+      if (event.revision < written) continue;  // since then we have put it
       if (event.type == EventType::Delete) {
         lost("the key was deleted");
       } else if (!is_ours(event.kv.lease)) {
@@ -6218,7 +6548,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   }
   bool is_ours(std::int64_t lease_id) {
     std::lock_guard<std::mutex> lock(mutex);
-    return lease->id == lease_id || (spare && spare->id == lease_id);
+    return std::find(lease_ids.begin(), lease_ids.end(), lease_id) != lease_ids.end();
   }
   bool ready() override { return true; }
   void progress(std::int64_t) override {}
@@ -6251,7 +6581,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   Result<void> begin_release() {
     auto was = phase.exchange(Phase::Released);
     client->watches->remove(hub_id);
-    loss.close();
+    loss.shut();
     if (was == Phase::Released) return invalid(key + " was given up before");
     if (was == Phase::Lost) return lost_error();
     if (client->closing) return closed_error();
@@ -6272,8 +6602,8 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
       return done ? lost_error() : done.error();
     }
     std::lock_guard<std::mutex> lock(mutex);
-    if (spare) client->leases->drop(spare);
-    client->leases->give_back(lease);
+    for (std::size_t i = 1; i < leases.size(); ++i) client->leases->drop(leases[i]);
+    client->leases->give_back(leases.front());
     return {};
   }
 
@@ -6282,6 +6612,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     if (phase != Phase::Released) {
       static_cast<void>(release(Context::with_timeout(milliseconds(500))));
     }
+    loss.close();
   }
 
   Result<void> require_held() {
@@ -6304,7 +6635,8 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     auto usable = require_held();
     if (!usable) return usable;
     auto present = present_lease();
-    if (seconds_up(ttl) != seconds_up(present->asked)) return move_to_new_lease(ttl, ctx);
+    bool stays = is_settled() && seconds_up(ttl) == seconds_up(present->asked);
+    if (!stays) return move_to_new_lease(ttl, ctx);
     auto renewed = client->leases->renew_now(present, ctx);
     if (!renewed && renewed.error().code == ErrorCode::Lost) return lost_error();
     return renewed;
@@ -6313,6 +6645,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   Result<void> move_to_new_lease(milliseconds ttl, const Context& ctx) {
     auto fresh = client->leases->grant(ttl, ctx);
     if (!fresh) return fresh.error();
+    if (!add_lease(*fresh)) return client->leases->drop(*fresh), lost_error();
     PutRequest put;
     put.key = key;
     put.lease = (*fresh)->id;
@@ -6321,24 +6654,16 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     txn.when(ours).then(Op::put(put));
     auto done = client->commit(txn, Safety::Idempotent, ctx);
     if (done && done->succeeded) {
-      attach(*fresh);
-      std::lock_guard<std::mutex> lock(mutex);
-      client->leases->drop(std::exchange(lease, *fresh));
-      if (phase == Phase::Held) return {};
-      client->leases->drop(*fresh);  // it was unlocked in the meantime
-      return lost_error();
+      return settle_on(*fresh, done->revision) ? Result<void>() : lost_error();
     }
     if (done) {
-      client->leases->drop(*fresh);
       lost("the key was deleted");
       return lost_error();
     }
-    if (done.error().outcome == Outcome::NotApplied) {
-      client->leases->drop(*fresh);
-    } else {
-      set_spare(*fresh);  // the key may hang on either: both are kept alive
-    }
-    return done.error();
+    // Where nobody knows whether it has moved, all of them are kept alive.
+    if (done.error().outcome == Outcome::MaybeApplied) return done.error();
+    remove_lease(*fresh);
+    return client->leases->drop(*fresh), done.error();
   }
 
   /// `txn` inside the guard; its answer.
@@ -6362,6 +6687,28 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 };
 
 using OwnedKeyPtr = std::shared_ptr<OwnedKey>;
+
+/// Another value for the key; of two that were sent, the later one stays, however late the first
+/// arrives.
+COORDINATION_API Result<void> replace_value(OwnedKey& owned, const std::string& value,
+                                            const Context& given) {
+  auto ctx = owned.client->bounded(given);
+  for (bool sent = false;; sent = true) {
+    Txn look;
+    look.then(Op::get(owned.key));
+    auto now = owned.guarded_commit(std::move(look), ctx, Safety::Read);
+    if (!now) return now.error();
+    auto& kvs = now->range(0).kvs;
+    if (kvs.empty()) return owned.lost_error();
+    if (sent && kvs.front().value == value) return {};
+    Txn txn;
+    txn.when(Compare::mod_revision(owned.key, Compare::Is::Equal, kvs.front().mod_revision));
+    txn.then(Op::put(owned.key, value, owned.present_lease()->id));
+    auto done = owned.guarded_commit(std::move(txn), ctx, Safety::Idempotent);
+    if (!done) return done.error();
+    if (done->succeeded) return {};
+  }
+}
 
 inline constexpr const char* kShared = "shared";  // the value of a shared holder's key
 
@@ -6503,10 +6850,8 @@ COORDINATION_API bool Contender::step_back(const Context& ctx) {
 /// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now.
 COORDINATION_API Error Contender::give_up(Error error) {
   if (lease_->phase == LeaseState::Phase::Live && !client_->closing) {
-    lease_->release();
     auto quick = Context::with_timeout(milliseconds(60));
-    auto revoked = client_->leases->revoke(lease_->id, quick);
-    if (!revoked) client_->leases->revoke_later(lease_->id, lease_->ttl(), true);
+    static_cast<void>(client_->leases->end(lease_, quick));
   }
   if (client_->open.cancelled()) return closed_error();
   return nothing_done(std::move(error));
@@ -6846,12 +7191,7 @@ COORDINATION_API Compare Leadership::guard() const { return state_->ours; }
 COORDINATION_API Result<void> Leadership::resign(Context ctx) { return state_->release(ctx); }
 
 COORDINATION_API Result<void> Leadership::proclaim(std::string value, Context ctx) {
-  Txn txn;
-  auto lease = state_->present_lease()->id;
-  txn.then(Op::put(state_->key, std::move(value), lease));
-  auto done = state_->guarded_commit(std::move(txn), ctx, detail::Safety::Idempotent);
-  if (!done) return done.error();
-  return {};
+  return detail::replace_value(*state_, value, ctx);
 }
 
 COORDINATION_API Result<Leadership> Election::campaign(std::string name, std::string value,
@@ -7005,11 +7345,15 @@ class Registration : public std::enable_shared_from_this<Registration> {
       : client_(std::move(client)), key_(std::move(key)),
         strand_(std::make_shared<Strand>(client_->executor->callbacks, client_->log)) {}
 
-  /// Makes the record, or replaces it in one step.
-  Result<void> set(ServiceInfo service, RegisterOptions options, const Context& ctx) {
+  /// Makes the record, or replaces it in one step. False: this registration had ended before.
+  Result<bool> set(ServiceInfo service, RegisterOptions options, const Context& ctx) {
     if (!turnstile_.enter(ctx)) return context_error(ctx, "the service was not registered");
-    auto done = set_in_turn(std::move(service), std::move(options), ctx);
-    if (!done && !owned()) ended_ = true;  // it never came to be
+    auto done = Result<bool>(false);
+    if (!ended_) {
+      auto set = set_in_turn(std::move(service), std::move(options), ctx);
+      if (!set && !owned()) ended_ = true;  // it never came to be
+      done = set ? Result<bool>(true) : set.error();
+    }
     turnstile_.leave();
     return done;
   }
@@ -7020,16 +7364,21 @@ class Registration : public std::enable_shared_from_this<Registration> {
     strand_->close();
     auto owned = swap_owned(nullptr);
     if (!owned || !owned->begin_release()) return {};
-    if (auto spare = owned->take_spare()) client_->leases->drop(spare);
     auto lease = owned->present_lease();
-    lease->release();
-    auto done = client_->leases->revoke(lease->id, ctx);
-    if (!done) client_->leases->revoke_later(lease->id, lease->ttl(), true);
+    auto done = client_->leases->end(lease, ctx);
+    owned->give_up_leases();
     return done;
   }
 
   /// True once it was ended, or never came to be.
   bool ended() const { return ended_; }
+
+  /// What is registered; empty if nothing is.
+  std::optional<std::pair<ServiceInfo, RegisterOptions>> present() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (ended_ || !owned_) return std::nullopt;
+    return std::make_pair(service_, options_);
+  }
 
   /// When the Coordinator closes, which revokes all leases.
   void quit() {
@@ -7039,47 +7388,52 @@ class Registration : public std::enable_shared_from_this<Registration> {
 
  private:
   Result<void> set_in_turn(ServiceInfo service, RegisterOptions options, const Context& ctx) {
-    if (ended_) {
-      return client_->closing ? closed_error()
-                              : make_error(ErrorCode::Conflict, key_ + " was unregistered");
-    }
     auto old = owned();
-    bool same_lease = old && old->held() && service.ttl == service_.ttl;
+    bool same_lease = can_stay(old, service);
     auto lease = same_lease ? Result<LeasePtr>(old->present_lease())
                             : client_->leases->grant(service.ttl, ctx);
     if (!lease) return lease.error();
-    if (old && !same_lease) old->set_spare(*lease);
+    bool moves = !same_lease && old && old->add_lease(*lease);
     Txn txn;
     txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
-    auto done = client_->commit(txn, Safety::Idempotent, ctx);
-    bool dead = !done && same_lease && done.error().code == ErrorCode::NotFound;
-    if (dead) return set_anew(old, std::move(service), std::move(options), ctx);
+    bool repeated = false;
+    auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
+    if (repeated) (*lease)->tainted = true;
+    if (!done && same_lease && done.error().code == ErrorCode::NotFound) {
+      return set_anew(old, std::move(service), std::move(options), ctx);  // it had died
+    }
     if (!done) {
       bool maybe = done.error().outcome == Outcome::MaybeApplied;
-      if (old && !same_lease && !maybe) old->take_spare();
-      if (!same_lease && !(old && maybe)) client_->leases->drop(*lease);
-      return done.error();
+      if (same_lease || (moves && maybe)) return done.error();  // it may hang on either
+      if (moves) old->remove_lease(*lease);
+      return client_->leases->drop(*lease), done.error();
+    }
+    if (same_lease && !old->settle_on(*lease, done->revision)) {
+      return set_anew(old, std::move(service), std::move(options), ctx);  // lost in between
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       service_ = std::move(service);
       options_ = std::move(options);
     }
-    if (same_lease) {
-      auto spare = old->take_spare();
-      if (spare) client_->leases->drop(spare);
-    } else {
-      own(*lease, done->revision);
-    }
+    if (!same_lease) own(*lease, done->revision);
     tell(RegistrationEvent::Registered);
     return {};
   }
 
-  /// The lease had died, and nobody had noticed yet.
+  /// A put that was sent twice may arrive once more, over a later one, as long as its lease lives.
+  static bool can_stay(const OwnedKeyPtr& old, const ServiceInfo& service) {
+    return old && old->held() && old->is_settled() &&
+           seconds_up(old->present_lease()->asked) == seconds_up(service.ttl) &&
+           !old->present_lease()->tainted;
+  }
+
+  /// The lease, or the key, had gone while it was put once more.
   Result<void> set_anew(const OwnedKeyPtr& old, ServiceInfo service, RegisterOptions options,
                         const Context& ctx) {
     swap_owned(nullptr);
-    if (old->begin_release()) old->give_up_leases();
+    static_cast<void>(old->begin_release());
+    old->give_up_leases();
     auto done = set_in_turn(std::move(service), std::move(options), ctx);
     if (done || ended_) return done;
     swap_owned(old);
@@ -7095,9 +7449,10 @@ class Registration : public std::enable_shared_from_this<Registration> {
       if (auto self = weak.lock()) self->lost(raw, error);
     };
     auto old = swap_owned(fresh);
-    if (old && old->begin_release()) {
-      auto spare = old->take_spare();
-      if (spare && spare != lease) client_->leases->drop(spare);
+    if (old) {
+      fresh->remember(old->remembered());
+      static_cast<void>(old->begin_release());
+      old->remove_lease(lease);
       old->give_up_leases();
     }
     fresh->begin();
@@ -7164,7 +7519,6 @@ class Registration : public std::enable_shared_from_this<Registration> {
     heal_later(backoff_.next());
   }
 
-  /// Puts the record where there is none, or where the one with our old lease still is.
   Result<std::optional<RegistrationEvent>> heal_in_turn(const Context& ctx) {
     auto old = owned();
     if (!old || old->held()) return std::optional<RegistrationEvent>();  // set() was faster
@@ -7175,31 +7529,38 @@ class Registration : public std::enable_shared_from_this<Registration> {
     }
     auto lease = client_->leases->grant(service.ttl, ctx);
     if (!lease) return lease.error();
-    auto record = wire::encode_service(service);
-    Txn inner;
-    inner.when(Compare::missing(key_)).then(Op::put(key_, record, (*lease)->id));
-    inner.otherwise(Op::get(key_));
-    Txn txn;
-    txn.when(old->ours).then(Op::put(key_, record, (*lease)->id)).otherwise(Op::txn(inner));
-    auto done = client_->commit(txn, Safety::Idempotent, ctx);
-    if (!done) {
-      client_->leases->drop(*lease);
-      return done.error();
-    }
-    auto* tried = done->responses.empty() ? nullptr
-                                          : std::get_if<std::shared_ptr<const TxnResponse>>(
-                                                &done->responses.front());
-    bool there = done->succeeded || (tried && (*tried)->succeeded);
-    if (!there && tried && !(*tried)->range(0).kvs.empty()) {
-      there = (*tried)->range(0).kvs.front().lease == (*lease)->id;  // an earlier attempt did it
-    }
-    auto event = there ? RegistrationEvent::Registered : RegistrationEvent::Replaced;
-    if (there) {
-      own(*lease, done->revision);
+    old->remember({(*lease)->id});
+    auto revision = put_back(*old, service, *lease, ctx);
+    if (!revision) return client_->leases->drop(*lease), revision.error();
+    auto event = RegistrationEvent::Registered;
+    if (*revision > 0) {
+      own(*lease, *revision);
     } else {
       client_->leases->drop(*lease);
+      event = RegistrationEvent::Replaced;
     }
     return std::optional<RegistrationEvent>(event);
+  }
+
+  /// Puts the record where there is none, or where an earlier one of ours still is; its revision,
+  /// or 0 where there is somebody else's.
+  Result<std::int64_t> put_back(OwnedKey& old, const ServiceInfo& service, const LeasePtr& lease,
+                                const Context& ctx) {
+    auto put = Op::put(key_, wire::encode_service(service), lease->id);
+    auto mine = Compare::missing(key_);
+    while (true) {
+      Txn txn;
+      txn.when(mine).then(put).otherwise(Op::get(key_));
+      auto done = client_->commit(txn, Safety::Idempotent, ctx);
+      if (!done) return done.error();
+      if (done->succeeded) return done->revision;
+      auto& kvs = done->range(0).kvs;
+      auto holder = kvs.empty() ? 0 : kvs.front().lease;
+      if (holder == lease->id) return kvs.front().mod_revision;  // an earlier attempt did it
+      if (!kvs.empty() && !old.is_ours(holder)) return 0;
+      mine = kvs.empty() ? Compare::missing(key_)
+                         : Compare::lease(key_, Compare::Is::Equal, holder);
+    }
   }
 
   const std::shared_ptr<ClientState> client_;
@@ -7217,6 +7578,31 @@ class Registration : public std::enable_shared_from_this<Registration> {
 struct RegistryState {
   std::mutex mutex;
   std::map<std::string, std::pair<std::string, std::shared_ptr<Registration>>> by_key;  // and id
+
+  /// The one for this key; a new one where there is none that lives.
+  std::shared_ptr<Registration> get(const std::shared_ptr<ClientState>& client,
+                                    const std::string& key, const std::string& id) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto& slot = by_key[key];
+    bool usable = slot.second && !slot.second->ended();
+    if (!usable) slot = {id, std::make_shared<Registration>(client, key)};
+    return slot.second;
+  }
+
+  std::vector<std::shared_ptr<Registration>> find(const std::string& id) {
+    std::vector<std::shared_ptr<Registration>> found;
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto& entry : by_key) {
+      if (entry.second.first == id) found.push_back(entry.second.second);
+    }
+    return found;
+  }
+
+  void forget_if_ended(const std::string& key, const std::shared_ptr<Registration>& which) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto it = by_key.find(key);
+    if (it != by_key.end() && it->second.second == which && which->ended()) by_key.erase(it);
+  }
 
   std::vector<std::shared_ptr<Registration>> take(const std::string* id) {
     std::vector<std::shared_ptr<Registration>> taken;
@@ -7319,23 +7705,42 @@ COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo serv
   auto& client = state_->client;
   if (client->closing) return detail::closed_error();
   auto key = state_->path("/services/", service.name) + "/" + service.id;
-  auto id = service.id;
-  auto& registry = *state_->registry;
-  std::shared_ptr<detail::Registration> registration;
-  {
-    std::lock_guard<std::mutex> lock(registry.mutex);
-    auto& slot = registry.by_key[key];
-    bool usable = slot.second && !slot.second->ended();
-    if (!usable) slot = {id, std::make_shared<detail::Registration>(client, key)};
-    registration = slot.second;
+  auto bounded = client->bounded(ctx);
+  while (!client->closing) {
+    auto registration = state_->registry->get(client, key, service.id);
+    auto done = registration->set(service, options, bounded);
+    state_->registry->forget_if_ended(key, registration);
+    if (!done) return done.error();
+    if (*done) return {};
   }
-  auto done = registration->set(std::move(service), std::move(options), client->bounded(ctx));
-  if (!registration->ended()) return done;
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  auto it = registry.by_key.find(key);
-  bool ours = it != registry.by_key.end() && it->second.second == registration;
-  if (ours) registry.by_key.erase(it);
-  return done;
+  return detail::closed_error();
+}
+
+namespace detail {
+COORDINATION_API Error not_registered(const std::string& id) {
+  return make_error(ErrorCode::NotFound, "no service with the id " + id + " is registered here");
+}
+}  // namespace detail
+
+COORDINATION_API Result<void> ServiceRegistry::update(std::string id,
+                                                      std::map<std::string, std::string> metadata,
+                                                      Context ctx) {
+  auto valid = detail::validate_segment(id, "id");
+  if (!valid) return valid;
+  if (state_->client->closing) return detail::closed_error();
+  auto bounded = state_->client->bounded(ctx);
+  bool found = false;
+  for (auto& registration : state_->registry->find(id)) {
+    auto present = registration->present();
+    if (!present) continue;
+    present->first.metadata = metadata;
+    valid = detail::validate_service(present->first);
+    if (!valid) return valid;
+    auto done = registration->set(std::move(present->first), std::move(present->second), bounded);
+    if (!done) return done.error();
+    found = found || *done;
+  }
+  return found ? Result<void>() : detail::not_registered(id);
 }
 
 COORDINATION_API Result<void> ServiceRegistry::unregister(std::string id, Context ctx) {
@@ -7344,10 +7749,7 @@ COORDINATION_API Result<void> ServiceRegistry::unregister(std::string id, Contex
   if (state_->client->closing) return detail::closed_error();
   ctx = state_->client->bounded(ctx);
   auto registrations = state_->registry->take(&id);
-  if (registrations.empty()) {
-    return detail::make_error(ErrorCode::NotFound, "no service with the id " + id +
-                                                       " is registered here");
-  }
+  if (registrations.empty()) return detail::not_registered(id);
   Result<void> result;
   for (auto& registration : registrations) {
     auto done = registration->end(ctx);
@@ -7613,10 +8015,11 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string 
   Txn txn;
   txn.when(Compare::mod_revision(path, Compare::Is::Equal, expected_revision))
       .then(Op::put(path, *bytes));
-  // It cannot take effect twice. If the second attempt finds a change, nobody can tell whose it is:
-  // an equal value may be somebody else's.
+  // A revision never comes back, but a missing key does: that is sent once. If a second attempt
+  // finds a change, nobody can tell whose it is: an equal value may be somebody else's.
+  auto safety = expected_revision > 0 ? detail::Safety::Idempotent : detail::Safety::Write;
   bool repeated = false;
-  auto done = state_->client->commit(txn, detail::Safety::Idempotent, ctx, &repeated);
+  auto done = state_->client->commit(txn, safety, ctx, &repeated);
   if (!done) return done.error();
   if (done->succeeded) return done->revision;
   auto what = "the configuration " + key + " was changed since revision " +
@@ -7838,10 +8241,12 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
   client->options.timeout = (std::min)(client->options.timeout, kLongest);
-  client->clock->on_jump([weak = std::weak_ptr<LeaseKeeper>(client->leases)] {
-    auto keeper = weak.lock();
-    if (keeper) keeper->wake();
-    return keeper != nullptr;
+  client->clock->on_jump([weak = std::weak_ptr<ClientState>(client)] {
+    auto self = weak.lock();
+    if (!self) return false;
+    self->leases->wake();
+    self->watches->wake();
+    return true;
   });
   return client;
 }
@@ -7925,9 +8330,10 @@ COORDINATION_API Result<void> Coordinator::close() {
 namespace detail {
 
 struct Globals {
-  std::mutex mutex;
+  Gate gate;  // its mutex guards the rest
   CoordinatorOptions options{default_coordinator_options()};
   std::shared_ptr<Coordinator> coordinator;
+  std::optional<Context> connecting;  // of the one who makes it; the others wait
 };
 
 COORDINATION_API Globals& globals() {
@@ -7935,10 +8341,15 @@ COORDINATION_API Globals& globals() {
   return globals;
 }
 
+COORDINATION_API milliseconds default_timeout() {
+  std::lock_guard<std::mutex> lock(globals().gate.mutex);
+  return globals().options.timeout;
+}
+
 /// Calls `fn` with the default Coordinator.
 template <class Fn>
-auto with_default(Fn&& fn) -> decltype(fn(std::declval<Coordinator&>())) {
-  auto coordinator = default_coordinator();
+auto with_default(const Context& ctx, Fn&& fn) -> decltype(fn(std::declval<Coordinator&>())) {
+  auto coordinator = default_coordinator(ctx);
   if (!coordinator) return coordinator.error();
   return fn(**coordinator);
 }
@@ -7949,29 +8360,47 @@ COORDINATION_API Result<void> set_default_options(CoordinatorOptions options) {
   auto valid = validate(options);
   if (!valid) return valid;
   auto& globals = detail::globals();
-  std::lock_guard<std::mutex> lock(globals.mutex);
-  if (globals.coordinator) {
+  std::lock_guard<std::mutex> lock(globals.gate.mutex);
+  if (globals.coordinator || globals.connecting) {
     return detail::make_error(ErrorCode::Conflict, "the default coordinator is in use");
   }
   globals.options = std::move(options);
   return {};
 }
 
-COORDINATION_API Result<std::shared_ptr<Coordinator>> default_coordinator() {
+COORDINATION_API Result<std::shared_ptr<Coordinator>> default_coordinator(Context ctx) {
   auto& globals = detail::globals();
-  std::lock_guard<std::mutex> lock(globals.mutex);
-  if (globals.coordinator) return globals.coordinator;
-  auto coordinator = Coordinator::connect(globals.options);
-  if (!coordinator) return coordinator.error();
-  globals.coordinator = std::make_shared<Coordinator>(std::move(*coordinator));
-  return globals.coordinator;
+  std::shared_ptr<Coordinator> found;
+  Context mine = Context::child_of(ctx);
+  CoordinatorOptions options;
+  auto decide = [&] {
+    if (globals.connecting) return false;
+    found = globals.coordinator;
+    if (found) return true;
+    globals.connecting = mine;
+    options = globals.options;
+    return true;
+  };
+  auto limit = std::chrono::steady_clock::now() + detail::default_timeout();
+  if (!globals.gate.wait(ctx, decide, limit)) {
+    return detail::context_error(ctx, "the default coordinator is not connected yet");
+  }
+  if (found) return found;
+  auto made = Coordinator::connect(std::move(options), mine);
+  std::lock_guard<std::mutex> lock(globals.gate.mutex);
+  globals.connecting.reset();
+  globals.gate.changed.notify_all();
+  if (!made) return made.error();
+  if (mine.cancelled()) return detail::closed_error();
+  return globals.coordinator = std::make_shared<Coordinator>(std::move(*made));
 }
 
 COORDINATION_API Result<void> close() {
   std::shared_ptr<Coordinator> coordinator;
   auto& globals = detail::globals();
   {
-    std::lock_guard<std::mutex> lock(globals.mutex);
+    std::lock_guard<std::mutex> lock(globals.gate.mutex);
+    if (globals.connecting) globals.connecting->cancel();
     coordinator.swap(globals.coordinator);
   }
   if (!coordinator) return {};
@@ -7979,60 +8408,64 @@ COORDINATION_API Result<void> close() {
 }
 
 COORDINATION_API Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.lock().acquire(key, ttl, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.lock().acquire(key, ttl, ctx); });
 }
 
 COORDINATION_API Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
+  return detail::with_default(
+      ctx, [&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
 }
 
 COORDINATION_API Result<void> register_service(ServiceInfo service, Context ctx) {
   return detail::with_default(
-      [&](Coordinator& c) { return c.registry().register_service(service, ctx); });
+      ctx, [&](Coordinator& c) { return c.registry().register_service(service, ctx); });
 }
 
 COORDINATION_API Result<void> unregister_service(std::string id, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.registry().unregister(id, ctx); });
+  return detail::with_default(
+      ctx, [&](Coordinator& c) { return c.registry().unregister(id, ctx); });
 }
 
 COORDINATION_API Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.registry().discover(name, ctx); });
+  return detail::with_default(
+      ctx, [&](Coordinator& c) { return c.registry().discover(name, ctx); });
 }
 
 COORDINATION_API Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.registry().watch(name, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.registry().watch(name, ctx); });
 }
 
 COORDINATION_API Result<Subscription> watch_services(
     std::string name, std::function<void(const ServiceEvent&)> handler, Context ctx) {
   return detail::with_default(
-      [&](Coordinator& c) { return c.registry().watch(name, handler, ctx); });
+      ctx, [&](Coordinator& c) { return c.registry().watch(name, handler, ctx); });
 }
 
 COORDINATION_API Result<nlohmann::json> get_config(std::string key, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.config().get(key, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().get(key, ctx); });
 }
 
 COORDINATION_API Result<void> set_config(std::string key, const nlohmann::json& value,
                                          Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.config().set(key, value, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().set(key, value, ctx); });
 }
 
 COORDINATION_API Result<void> delete_config(std::string key, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.config().remove(key, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().remove(key, ctx); });
 }
 
 COORDINATION_API Result<Watch<ConfigEvent>> watch_config(std::string key, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.config().watch(key, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().watch(key, ctx); });
 }
 
 COORDINATION_API Result<Subscription> watch_config(
     std::string key, std::function<void(const ConfigEvent&)> handler, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.config().watch(key, handler, ctx); });
+  return detail::with_default(
+      ctx, [&](Coordinator& c) { return c.config().watch(key, handler, ctx); });
 }
 
 COORDINATION_API Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx) {
-  return detail::with_default([&](Coordinator& c) { return c.config().list(prefix, ctx); });
+  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().list(prefix, ctx); });
 }
 
 // == 14. MemoryEtcd =============================================================================

@@ -20,10 +20,11 @@
 
 namespace support {
 
-/// Counts requests by path, and lets a test do something before or after one.
+/// Counts requests by path, and lets a test do something before or after one, or in its place.
 class Tap : public coordination::Transport {
  public:
   using Hook = std::function<void(const coordination::HttpRequest&)>;
+  using Judge = std::function<bool(const coordination::HttpRequest&)>;
 
   explicit Tap(std::shared_ptr<coordination::Transport> inner) : inner_(std::move(inner)) {}
 
@@ -32,6 +33,10 @@ class Tap : public coordination::Transport {
       const coordination::Context& ctx) override {
     const auto [before, after] = note(request);
     if (before) before(request);
+    if (loses(request)) {
+      return coordination::Error{coordination::ErrorCode::Connection, "lost by the test", "",
+                                 coordination::Outcome::MaybeApplied, 0};
+    }
     auto response = inner_->perform(request, sink, ctx);
     if (after) after(request);
     {
@@ -48,6 +53,17 @@ class Tap : public coordination::Transport {
   void after(Hook hook) {
     std::lock_guard<std::mutex> hold(mutex_);
     after_ = std::move(hook);
+  }
+  /// Requests that `judge` names are lost on their way, and their sender cannot know.
+  void lose_if(Judge judge) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    lost_ = std::move(judge);
+  }
+  /// The next `n` to this path are.
+  void lose(int n, const std::string& path) {
+    lose_if([n, path](const coordination::HttpRequest& request) mutable {
+      return request.path == path && n > 0 && n-- > 0;
+    });
   }
   int count(const std::string& path) const { return look(started_, path); }
   int finished(const std::string& path) const { return look(finished_, path); }
@@ -71,6 +87,10 @@ class Tap : public coordination::Transport {
     ++started_[request.path];
     return {before_, after_};
   }
+  bool loses(const coordination::HttpRequest& request) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    return lost_ && lost_(request);
+  }
   int look(const Counts& counts, const std::string& path) const {
     std::lock_guard<std::mutex> hold(mutex_);
     const auto found = counts.find(path);
@@ -81,6 +101,7 @@ class Tap : public coordination::Transport {
   mutable std::mutex mutex_;
   Counts started_, finished_;
   Hook before_, after_;
+  Judge lost_;
 };
 
 /// What handlers say, from any thread.

@@ -443,6 +443,12 @@ inline std::string event_line(std::int64_t id, const std::vector<Change>& change
                       {"watch_id", std::to_string(id)},
                       {"events", std::move(events)}});
 }
+/// The same, to be continued by the next line of this watch.
+inline std::string fragment_line(std::int64_t id, const std::vector<Change>& changes) {
+  auto json = nlohmann::json::parse(event_line(id, changes));
+  json["result"]["fragment"] = true;
+  return json.dump() + "\n";
+}
 inline Change put_at(std::int64_t revision, const std::string& key = "k") {
   return {true, key, "v" + std::to_string(revision), revision};
 }

@@ -1,6 +1,9 @@
 // Section 6: leases, on an etcd in memory whose time the tests move.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <future>
+
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
 
@@ -328,6 +331,148 @@ TEST_CASE("lease: renewals go on through lost answers, no leader and dead tokens
   survives([&] { s.etcd->no_leader(1); });
   survives([&] { s.etcd->invalidate_tokens(); });
   CHECK(notes.size() == 0);
+}
+
+TEST_CASE("lease: a grant that took long is renewed before it is too late") {
+  Setup s;
+  for (const milliseconds took : {4s, 7s}) {
+    s.tap->before([&](const HttpRequest& request) {
+      if (request.path == "/v3/lease/grant") s.etcd->advance(took);
+    });
+    const auto lease = s.grant(9s);
+    s.tap->before(nullptr);
+    CHECK(lease.held());
+    for (int i = 0; i < 6; ++i) {
+      const int before = s.tap->finished(kKeepAlive);
+      s.etcd->advance(1s);
+      wait_until([&] { return s.tap->finished(kKeepAlive) > before; }, 30ms);
+      CHECK(lease.held());
+    }
+  }
+}
+
+TEST_CASE("lease: where no new connection can be had, they are renewed one by one on an old one") {
+  Setup s;
+  std::vector<Lease> leases;
+  for (int i = 0; i < 5; ++i) leases.push_back(s.grant());
+  s.tap->lose_if([](const HttpRequest& request) {
+    return request.path == kKeepAlive && header(request, "Connection") == "close";
+  });
+  for (int i = 0; i < 6; ++i) {
+    s.third_of(leases.front());
+    for (auto& lease : leases) {
+      CHECK(eventually([&] { return lease.remaining().value() == 9s; }));
+      CHECK(lease.held());
+    }
+  }
+}
+
+TEST_CASE("lease: handlers that block all callback threads delay no renewal") {
+  Setup s;
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  std::atomic<int> blocked{0};
+  const auto block = [&](const Error&) {
+    ++blocked;
+    gone.wait();
+  };
+  std::vector<Lease> lost;
+  for (int i = 0; i < 4; ++i) {
+    lost.push_back(s.grant());
+    lost.back().on_lost(block);
+  }
+  const auto lease = s.grant();
+  for (auto& each : lost) s.etcd->expire_lease(each.id());
+  s.third_of(lease);
+  CHECK(eventually([&] { return blocked == 2; }));  // there are two threads for handlers
+  for (int i = 0; i < 9; ++i) {
+    s.third_of(lease);
+    CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+    CHECK(lease.held());
+  }
+  go.set_value();
+  CHECK(eventually([&] { return blocked == 4; }));
+}
+
+TEST_CASE("lease: one that may not be revoked keeps back no other") {
+  Cluster cluster;
+  cluster.etcd->enable_auth("root-password");
+  cluster.etcd->add_user("app", "app-password", "/app");
+  auto root_options = cluster.options("two");
+  root_options.username = "root";
+  root_options.password = "root-password";
+  auto root = connect_to(root_options);
+  auto options = cluster.options();
+  options.username = "app";
+  options.password = "app-password";
+  auto app = connect_to(options);
+  std::vector<Lease> leases;
+  for (int i = 0; i < 6; ++i) leases.push_back(app.client().grant(60s).value());
+  const auto by_id = [](const Lease& a, const Lease& b) { return a.id() < b.id(); };
+  const auto first = std::min_element(leases.begin(), leases.end(), by_id)->id();
+  PutRequest foreign;
+  foreign.key = "/other";
+  foreign.lease = first;
+  root.client().put(foreign).value();
+  leases.clear();
+  CHECK(eventually([&] { return cluster.etcd->leases() == std::vector<std::int64_t>{first}; }));
+}
+
+TEST_CASE("lease: close revokes what it has while a grant has no answer") {
+  Setup s;
+  const auto lease = s.grant();
+  std::promise<void> go;
+  std::atomic<bool> waits{false};
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path != "/v3/lease/grant") return;
+    waits = true;
+    go.get_future().wait();
+  });
+  Joined granting([&] { CHECK_FALSE(s.client.grant(9s)); });
+  CHECK(eventually([&] { return waits.load(); }));
+  const Stopwatch closing;
+  CHECK(s.c.close());
+  CHECK(closing.elapsed() < lenient(1s));
+  CHECK(s.etcd->leases().empty());
+  go.set_value();
+}
+
+TEST_CASE("lease: nothing is told after revoke, also where the handler was due") {
+  Setup s;
+  Notes notes;
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  std::atomic<int> blocked{0};
+  std::vector<Lease> busy;
+  for (int i = 0; i < 2; ++i) {
+    busy.push_back(s.grant());
+    busy.back().on_lost([&](const Error&) {
+      ++blocked;
+      gone.wait();
+    });
+    s.etcd->expire_lease(busy.back().id());
+    s.etcd->advance(3001ms);
+    CHECK(eventually([&] { return blocked == i + 1; }));
+  }
+  auto lease = s.grant();
+  lease.on_lost(notes.on_lost());
+  s.etcd->expire_lease(lease.id());
+  s.etcd->advance(3001ms);
+  CHECK(eventually([&] { return !lease.held(); }));
+  CHECK(lease.revoke());
+  lease.on_lost(notes.on_lost());
+  go.set_value();
+  busy.clear();
+  CHECK(notes.size() == 0);
+}
+
+TEST_CASE("lease: a TTL that no clock can count") {
+  Setup s;
+  for (const milliseconds ttl : {milliseconds::max(), milliseconds(0), milliseconds::min()}) {
+    const auto lease = s.client.grant(ttl);
+    REQUIRE_FALSE(lease);
+    CHECK(lease.error().code == ErrorCode::Validation);
+  }
 }
 
 TEST_CASE("lease: close revokes them all") {

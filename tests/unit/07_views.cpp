@@ -1,6 +1,7 @@
 // Section 7, the views of sections 10 and 11: live copies that are never old in silence.
 #include <doctest/doctest.h>
 
+#include <functional>
 #include <set>
 
 #include "coordination.hpp"
@@ -146,7 +147,8 @@ TEST_CASE("views: cut off, it says so; healed, it has caught up") {
   CHECK(view.age() == 0ms);
   s.cut_off("one");
   CHECK(eventually([&] { return !view.connected(); }));
-  CHECK(eventually([&] { return view.age() > 0ms; }));
+  s.etcd->advance(1s);
+  CHECK(view.age() == 1s);
   s.d.registry().unregister("a").value();
   s.add("c");
   CHECK(ids(view) == Strings{"a:80", "b:80"});
@@ -175,6 +177,84 @@ TEST_CASE("views: resynchronised by difference after a compaction, or an etcd th
   auto e = s.connect("three");
   e.registry().register_service({"z", "web", "h", 9, {}, 60s}).value();
   CHECK(come_to(view, {"z:9"}));
+}
+
+TEST_CASE("views: a quiet one notices, too, that etcd has come back empty") {
+  Setup s;
+  s.d.config().set("a/old", 1).value();
+  auto quiet = s.c.config().view("a").value();
+  WatchRequest request;
+  request.key = "/config/a/old";
+  auto raw = s.c.client().watch(request).value();
+  std::atomic<int> heard{0};
+  const auto busy =
+      s.c.config().watch("busy", [&](const ConfigEvent&) { ++heard; }).value();
+  for (int i = 0; i < 50; ++i) s.d.config().set("busy", i).value();
+  CHECK(eventually([&] { return heard == 50; }));
+  s.etcd->restart_empty();
+  auto e = s.connect("three");
+  for (int i = 0; i < 5; ++i) e.config().set("b", i).value();  // more than the quiet ones have seen
+  CHECK(eventually([&] { return quiet.keys().empty(); }));
+  const auto end = raw.next(Context::with_timeout(lenient(2s)));
+  REQUIRE_FALSE(end);
+  CHECK(end.error().code == ErrorCode::Compacted);
+  e.config().set("a/new", 2).value();
+  CHECK(eventually([&] { return quiet.keys() == Strings{"a/new"}; }));
+}
+
+TEST_CASE("views: wait_for is told also where the difference is nothing") {
+  Setup s;
+  s.add("a");
+  const auto view = s.view();
+  CHECK(eventually([&] { return view.connected(); }));
+  s.cut_off("one");
+  s.add("b");
+  s.d.registry().unregister("b").value();
+  const auto revision = s.etcd->revision();
+  s.etcd->compact();
+  Result<void> told = Error{};
+  Joined waiting([&] { told = view.wait_for(revision, Context::with_timeout(lenient(3s))); });
+  s.etcd->heal();
+  waiting.join();
+  CHECK_MESSAGE(told, text_of(told));
+  CHECK(view.revision() >= revision);
+  CHECK(ids(view) == Strings{"a:80"});
+}
+
+TEST_CASE("handlers: two that cancel each other's watch do not wait for ever") {
+  Setup s;
+  std::atomic<int> met{0}, done{0};
+  Subscription a, b;
+  const auto handler = [&](Subscription& other) {
+    return [&](const ConfigEvent&) {
+      ++met;
+      CHECK(eventually([&] { return met == 2; }));
+      other.cancel();
+      ++done;
+    };
+  };
+  a = s.c.config().watch("k", handler(b)).value();
+  b = s.c.config().watch("k", handler(a)).value();
+  s.d.config().set("k", 1).value();
+  CHECK(eventually([&] { return done == 2; }));
+}
+
+TEST_CASE("handlers: one closes the coordinator while another waits for that one") {
+  Setup s;
+  std::atomic<int> met{0}, done{0};
+  Subscription a, b;
+  const auto handler = [&](std::function<void()> act) {
+    return [&, act](const ConfigEvent&) {
+      ++met;
+      CHECK(eventually([&] { return met == 2; }));
+      act();
+      ++done;
+    };
+  };
+  a = s.c.config().watch("k", handler([&] { CHECK(s.c.close()); })).value();
+  b = s.c.config().watch("k", handler([&] { a.cancel(); })).value();
+  s.d.config().set("k", 1).value();
+  CHECK(eventually([&] { return done == 2; }));
 }
 
 TEST_CASE("views: through cuts in the middle of lines nothing is lost") {

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <deque>
+#include <future>
 #include <random>
 
 #include "coordination.hpp"
@@ -477,6 +478,80 @@ TEST_CASE("lock: renew of what is lost") {
   CHECK_FALSE(other.held());
   check_code(same.renew(0ms), ErrorCode::Validation);
   CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("lock: renewals of which nobody knows what they have done") {
+  Setup s;
+  auto lock = s.acquire("a", 9s);
+  const auto token = lock.fencing_token();
+  s.etcd->drop_replies(3, kTxn);
+  auto renewed = lock.renew(20s);  // the key has moved to this one
+  REQUIRE_FALSE(renewed);
+  CHECK(renewed.error().outcome == Outcome::MaybeApplied);
+  s.tap->lose(3, kTxn);
+  renewed = lock.renew(30s);  // and never to this one
+  REQUIRE_FALSE(renewed);
+  CHECK(renewed.error().outcome == Outcome::MaybeApplied);
+  s.etcd->fail_next(3, kTxn);
+  renewed = lock.renew(40s);
+  REQUIRE_FALSE(renewed);
+  CHECK(renewed.error().outcome == Outcome::NotApplied);
+  CHECK(eventually([&] { return s.etcd->leases().size() == 3; }));  // the last was given up
+  for (int i = 0; i < 4; ++i) {
+    const int before = s.tap->finished("/v3/lease/keepalive");
+    s.etcd->advance(3001ms);
+    CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > before; }));
+    CHECK(lock.held());
+    CHECK(s.etcd->keys() == std::vector<std::string>{lock.key()});
+  }
+  CHECK(lock.renew(9s));  // known again
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+  CHECK(lock.held());
+  CHECK(lock.ttl().value() == 9s);
+  CHECK(s.c.client().get(lock.key()).value().lease == s.etcd->leases().front());
+  CHECK(lock.fencing_token() == token);
+  CHECK(lock.unlock());
+}
+
+TEST_CASE("lock: lost on its way to another lease, it keeps nobody out") {
+  Setup s;
+  auto lock = s.acquire("a", 9s);
+  std::atomic<bool> cut{false};
+  s.tap->after([&](const HttpRequest& request) {
+    if (request.path != kTxn || cut.exchange(true)) return;
+    s.cut_off("one");
+    s.etcd->advance(9s);
+    CHECK(eventually([&] { return !lock.held(); }));
+  });
+  s.etcd->drop_replies(1, kTxn);
+  CHECK_FALSE(lock.renew(60s));
+  CHECK(s.etcd->keys().size() == 1);
+  s.etcd->heal();
+  CHECK(eventually([&] { return s.nothing_left(); }));
+  auto next = s.d.lock().try_acquire("a", 9s);
+  REQUIRE_MESSAGE(next, text_of(next));
+  CHECK(next->fencing_token() > lock.fencing_token());
+}
+
+TEST_CASE("lock: unlock does not wait for a handler; the destructor does") {
+  Setup s;
+  std::promise<void> go;
+  std::atomic<bool> runs{false}, done{false};
+  {
+    auto lock = s.acquire();
+    lock.on_lost([&](const Error&) {
+      runs = true;
+      go.get_future().wait();
+      done = true;
+    });
+    s.etcd->expire_lease(s.etcd->leases().front());
+    s.etcd->advance(3001ms);
+    CHECK(eventually([&] { return runs.load(); }));
+    check_code(lock.unlock(), ErrorCode::Lost);
+    CHECK_FALSE(done);
+    go.set_value();
+  }
+  CHECK(done);
 }
 
 TEST_CASE("lock: with_lock") {

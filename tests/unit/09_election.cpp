@@ -130,6 +130,22 @@ TEST_CASE("election: proclaim") {
   check_code(s.d.election().leader("e"), ErrorCode::NotFound);
 }
 
+TEST_CASE("election: what was proclaimed twice and arrives late does not undo a later word") {
+  Setup s;
+  auto office = s.campaign("first");
+  HttpRequest late;
+  s.tap->lose_if([&](const HttpRequest& request) {  // the first that writes
+    if (!late.body.empty() || request.body.find("request_put") == std::string::npos) return false;
+    late = request;
+    return true;
+  });
+  CHECK(office.proclaim("second"));
+  CHECK(office.proclaim("third"));
+  REQUIRE_FALSE(late.body.empty());
+  REQUIRE(s.etcd->perform(late, nullptr, {}));
+  CHECK(s.d.election().leader("e").value().value == "third");
+}
+
 TEST_CASE("election: lost, and told once") {
   Setup s;
   Notes notes;

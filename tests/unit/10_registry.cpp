@@ -234,6 +234,98 @@ TEST_CASE("registry: it comes back after an etcd that has lost its data") {
   CHECK(s.come_to({"w1", "w2"}));
 }
 
+TEST_CASE("registry: its own record, of an attempt that had no answer, is no stranger's") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  // Healing puts the record, does not hear of it, and cannot revoke its lease.
+  s.etcd->drop_replies(3, "/v3/kv/txn");
+  s.etcd->fail_next(1000, "/v3/lease/revoke");
+  s.etcd->expire_lease(s.lease_of("/services/web/w1"));
+  s.etcd->advance(3001ms);
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+  s.etcd->fail_next(0, "/v3/lease/revoke");
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+}
+
+TEST_CASE("registry: registered again over a stranger's record that nobody has told of yet") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  CHECK(s.d.registry().register_service(web("w1", 2)));
+  CHECK(s.c.registry().register_service(web("w1", 3), s.noted()));
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));  // the stranger gives way
+  s.etcd->advance(3001ms);
+  std::this_thread::sleep_for(50ms);
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 3)});
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "REGISTERED w1"});
+}
+
+TEST_CASE("registry: a registration that fails does not end another of the same") {
+  Setup s;
+  std::atomic<bool> first_is_in{false}, second_comes{false};
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path != "/v3/lease/grant" || first_is_in.exchange(true)) return;
+    CHECK(eventually([&] { return second_comes.load(); }));
+    std::this_thread::sleep_for(20ms);  // it waits for its turn
+  });
+  s.etcd->fail_next(3, "/v3/lease/grant");
+  Joined first([&] { check_code(s.c.registry().register_service(web("w1", 1)),
+                                ErrorCode::Connection); });
+  CHECK(eventually([&] { return first_is_in.load(); }));
+  second_comes = true;
+  CHECK(s.c.registry().register_service(web("w1", 2)));
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+}
+
+TEST_CASE("registry: replaced twice without an answer it is still there, and then gone at once") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1, 9s), s.noted()));
+  auto watch = s.d.registry().watch("web").value();
+  s.etcd->drop_replies(3, "/v3/kv/txn");
+  check_code(s.c.registry().register_service(web("w1", 2, 20s), s.noted()), ErrorCode::Connection);
+  s.tap->lose(3, "/v3/kv/txn");
+  check_code(s.c.registry().register_service(web("w1", 3, 30s), s.noted()), ErrorCode::Connection);
+  for (int i = 0; i < 4; ++i) {
+    const int before = s.tap->finished("/v3/lease/keepalive");
+    s.etcd->advance(3001ms);
+    CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > before; }));
+  }
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  CHECK(s.c.registry().register_service(web("w1", 4, 9s), s.noted()));
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(s.etcd->leases().empty());
+  auto event = next(watch);
+  CHECK(event == "PUT w1:2");
+  while (event == "PUT w1:2") event = next(watch);  // it was sent as often as its answer was lost
+  CHECK(event == "PUT w1:4");
+  CHECK(next(watch) == "DELETE w1:4");
+}
+
+TEST_CASE("registry: update replaces the metadata in one step") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  CHECK(s.c.registry().register_service(web("w2", 2)));
+  auto watch = s.d.registry().watch("web").value();
+  const auto lease = s.lease_of("/services/web/w1");
+  CHECK(s.c.registry().update("w1", {{"zone", "us"}, {"weight", "3"}}));
+  auto expected = web("w1", 1);
+  expected.metadata = {{"zone", "us"}, {"weight", "3"}};
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{expected, web("w2", 2)});
+  CHECK(s.lease_of("/services/web/w1") == lease);
+  CHECK(s.c.registry().update("w1", {}));
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(next(watch) == "PUT w1:1");
+  CHECK(next(watch) == "PUT w1:1");
+  CHECK(next(watch) == "DELETE w1:1");
+  check_code(s.c.registry().update("w1", {}), ErrorCode::NotFound);
+  check_code(s.d.registry().update("w2", {}), ErrorCode::NotFound);  // another has registered it
+  check_code(s.c.registry().update("w2", {{"x", "\xff"}}), ErrorCode::Validation);
+  check_code(s.c.registry().update("a/b", {}), ErrorCode::Validation);
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w2", 2)});
+}
+
 TEST_CASE("registry: it comes back after a partition") {
   Setup s;
   CHECK(s.c.registry().register_service(web("w1"), s.noted()));

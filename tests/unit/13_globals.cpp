@@ -80,6 +80,33 @@ TEST_CASE("globals: a connect that failed is tried again") {
   check_code(get_config("k"), ErrorCode::NotFound);
 }
 
+TEST_CASE("globals: the first use, too, ends with its Context, and at close()") {
+  static_cast<void>(coordination::close());
+  const auto mute = std::make_shared<ScriptedTransport>();
+  mute->always("/v3/kv/range", silence());
+  set_default_options(options_with(mute)).value();
+  std::vector<Joined> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([] {
+      const Stopwatch stopwatch;
+      check_code(acquire_lock("a", 9s, Context::with_timeout(50ms)), ErrorCode::Timeout);
+      CHECK(stopwatch.elapsed() < lenient(250ms));
+    });
+  }
+  threads.clear();
+  std::atomic<bool> ended{false};
+  Joined patient([&] {
+    check_code(get_config("k"), ErrorCode::Cancelled);
+    ended = true;
+  });
+  CHECK(eventually([&] { return mute->count() >= 2; }));
+  const Stopwatch stopwatch;
+  CHECK(coordination::close());
+  CHECK(eventually([&] { return ended.load(); }));
+  CHECK(stopwatch.elapsed() < lenient(250ms));
+  CHECK(set_default_options(default_coordinator_options()));
+}
+
 TEST_CASE("globals: locks") {
   Setup s;
   auto lock = acquire_lock("a", 9s);

@@ -290,21 +290,23 @@ TEST_CASE("requests: watch") {
   };
   WatchRequest request;
   request.key = "wa";
-  check(request, 0, R"({"create_request":{"key":"d2E=","watch_id":"3","progress_notify":true}})");
+  check(request, 0, R"({"create_request":{"key":"d2E=","watch_id":"3","progress_notify":true,
+      "fragment":true}})");
   request.range_end = "wb";
   request.prev_kv = true;
   request.no_put = true;
   check(request, 8, R"({"create_request":{"key":"d2E=","range_end":"d2I=","watch_id":"3",
-      "start_revision":"8","prev_kv":true,"progress_notify":true,"filters":["NOPUT"]}})");
+      "start_revision":"8","prev_kv":true,"progress_notify":true,"fragment":true,
+      "filters":["NOPUT"]}})");
   request.no_put = false;
   request.no_delete = true;
   request.prev_kv = false;
   check(request, 8, R"({"create_request":{"key":"d2E=","range_end":"d2I=","watch_id":"3",
-      "start_revision":"8","progress_notify":true,"filters":["NODELETE"]}})");
+      "start_revision":"8","progress_notify":true,"fragment":true,"filters":["NODELETE"]}})");
   WatchRequest all;
   all.range_end = std::string(1, '\0');
   check(all, 0, R"({"create_request":{"key":"AA==","range_end":"AA==","watch_id":"3",
-      "progress_notify":true}})");
+      "progress_notify":true,"fragment":true}})");
 }
 
 TEST_CASE("requests: a body has no line break, whatever is in it") {
