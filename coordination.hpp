@@ -2133,16 +2133,32 @@ COORDINATION_API std::optional<std::string> base64_decode(std::string_view text)
   return bytes;
 }
 
+/// What nlohmann may be given: nested no deeper than kMaxDepth, without a NUL, at which it would
+/// end. A look at the brackets is much cheaper than nlohmann's own callback.
+COORDINATION_API bool is_harmless(std::string_view text) {
+  int depth = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '\0') return false;
+    if (in_string && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      in_string = !in_string;
+    } else if (!in_string && (c == '{' || c == '[')) {
+      if (++depth > kMaxDepth) return false;
+    } else if (!in_string && (c == '}' || c == ']')) {
+      --depth;
+    }
+  }
+  return true;
+}
+
 /// Empty if it is no JSON, or nested too deeply.
 COORDINATION_API std::optional<Json> parse(std::string_view text) {
-  if (text.find('\0') != std::string_view::npos) return std::nullopt;  // nlohmann would end there
-  bool deep = false;
-  auto shallow = [&](int depth, Json::parse_event_t, Json&) {
-    deep = deep || depth > kMaxDepth;
-    return !deep;
-  };
-  Json json = Json::parse(text.begin(), text.end(), shallow, false);
-  if (deep || json.is_discarded()) return std::nullopt;
+  if (!is_harmless(text)) return std::nullopt;
+  Json json = Json::parse(text.begin(), text.end(), nullptr, false);
+  if (json.is_discarded()) return std::nullopt;
   return json;
 }
 
@@ -4328,7 +4344,8 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   void schedule(SteadyTime when);
   void tick(SteadyTime when);
   void renew(std::vector<LeasePtr> batch);
-  std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch);
+  std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch,
+                                   bool* reached = nullptr);
   std::vector<LeasePtr> renew_singly(ClientState& client, std::vector<LeasePtr> batch);
   void answered(const LeasePtr& lease, SteadyTime sent, std::int64_t ttl);
   void check_deadlines(std::optional<SteadyTime> when = std::nullopt);
@@ -4357,6 +4374,12 @@ COORDINATION_API Result<void> validate_ttl(milliseconds ttl) {
   if (ttl.count() <= 0) return invalid("a TTL must be positive");
   if (ttl > std::chrono::hours(24 * 365 * 100)) return invalid("a TTL is over 100 years");
   return {};
+}
+
+/// Whether an error says that etcd cannot be reached, and not only that it refuses.
+COORDINATION_API bool is_out_of_reach(const Error& error) {
+  return error.code == ErrorCode::Connection || error.code == ErrorCode::Timeout ||
+         error.code == ErrorCode::Unavailable || error.code == ErrorCode::Cancelled;
 }
 
 COORDINATION_API Error lease_lost(const char* why) {
@@ -4460,8 +4483,8 @@ COORDINATION_API void LeaseKeeper::give_back(LeasePtr lease) {
 
 COORDINATION_API void LeaseKeeper::drop(const LeasePtr& lease) {
   if (!lease->release()) return;
+  revoke_later(lease->id, lease->ttl(), true);  // first: close() must find it in one of the two
   forget(lease->id);
-  revoke_later(lease->id, lease->ttl(), true);
 }
 
 COORDINATION_API Result<void> LeaseKeeper::revoke(std::int64_t id, const Context& ctx) {
@@ -4486,20 +4509,14 @@ COORDINATION_API Result<void> LeaseKeeper::end(const LeasePtr& lease, const Cont
   return {};
 }
 
-/// Whether an error says that etcd cannot be reached, and not only that it refuses.
-COORDINATION_API bool is_out_of_reach(const Error& error) {
-  return error.code == ErrorCode::Connection || error.code == ErrorCode::Timeout ||
-         error.code == ErrorCode::Unavailable || error.code == ErrorCode::Cancelled;
-}
-
 COORDINATION_API void LeaseKeeper::lost(const LeasePtr& lease, const char* why) {
   auto client = client_.lock();
   if (!client || !lease->lose(lease_lost(why))) return;
   (*client->log)(LogLevel::Warn, "a lease is lost",
                  {{"lease", std::to_string(lease->id)}, {"why", why}});
-  forget(lease->id);
   // It may live on in etcd, where it would keep others out.
   revoke_later(lease->id, lease->ttl(), true);
+  forget(lease->id);
 }
 
 // Renewing.
@@ -4581,16 +4598,17 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(ClientState& cl
   });
   const auto end = steady_clock::now() + attempt_limit();
   std::vector<LeasePtr> left;
+  bool reached = true;
   for (auto& lease : batch) {
-    bool over = client.open.cancelled() || steady_clock::now() >= end;
-    if (over || !renew_once(client, {lease}).empty()) left.push_back(lease);
+    bool go_on = reached && !client.open.cancelled() && steady_clock::now() < end;
+    if (!go_on || !renew_once(client, {lease}, &reached).empty()) left.push_back(lease);
   }
   return left;
 }
 
 /// One request for all; returns those that have got no answer.
 COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
-    ClientState& client, const std::vector<LeasePtr>& batch) {
+    ClientState& client, const std::vector<LeasePtr>& batch, bool* reached) {
   std::unordered_map<std::int64_t, LeasePtr> waiting;
   std::string body;
   for (auto& lease : batch) {
@@ -4618,6 +4636,7 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
   auto end = client.stream("/v3/lease/keepalive", std::move(body), sink, limit, &place,
                            batch.size() > 1);
   lines.finish(line);
+  if (reached) *reached = end || !is_out_of_reach(end.error());
   std::vector<LeasePtr> left;
   for (auto& entry : waiting) left.push_back(entry.second);
   if (left.empty() || client.open.cancelled()) return left;
@@ -4808,7 +4827,8 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
     leases_.clear();
   }
   for (auto& lease : leases) {
-    if (lease->release()) ids->push_back(lease->id);
+    lease->release();
+    ids->push_back(lease->id);
   }
   auto ctx = Context::with_deadline(limit);
   revoke_all(ids, ctx);
@@ -4895,8 +4915,8 @@ COORDINATION_API Result<void> Lease::revoke(Context ctx) {
 
 COORDINATION_API std::int64_t Lease::detach() {
   state_->loss.shut();
-  state_->release();
   state_->client->leases->forget(state_->id);
+  state_->release();
   return state_->id;
 }
 
@@ -5072,6 +5092,7 @@ COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t n
   watch->sink = std::move(sink);
   watch->next_revision = next_revision;
   watch->anchored = anchored;
+  if (anchored) saw(next_revision - 1);
   SteadyTime when;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -7362,11 +7383,11 @@ class Registration : public std::enable_shared_from_this<Registration> {
   Result<void> end(const Context& ctx) {
     ended_ = true;
     strand_->close();
-    auto owned = swap_owned(nullptr);
-    if (!owned || !owned->begin_release()) return {};
-    auto lease = owned->present_lease();
-    auto done = client_->leases->end(lease, ctx);
-    owned->give_up_leases();
+    // A record that is just being made sees that it has ended, and goes; here that is waited for.
+    bool in_turn = turnstile_.enter(ctx);
+    auto done = in_turn ? end_in_turn(ctx) : context_error(ctx, key_ + " may still be there", "",
+                                                           Outcome::MaybeApplied);
+    if (in_turn) turnstile_.leave();
     return done;
   }
 
@@ -7387,6 +7408,15 @@ class Registration : public std::enable_shared_from_this<Registration> {
   }
 
  private:
+  Result<void> end_in_turn(const Context& ctx) {
+    auto owned = swap_owned(nullptr);
+    if (!owned) return {};
+    static_cast<void>(owned->begin_release());
+    auto done = client_->leases->end(owned->present_lease(), ctx);
+    owned->give_up_leases();
+    return done;
+  }
+
   Result<void> set_in_turn(ServiceInfo service, RegisterOptions options, const Context& ctx) {
     auto old = owned();
     bool same_lease = can_stay(old, service);

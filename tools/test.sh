@@ -80,10 +80,29 @@ print(passed, failed, skipped)
 PYTHON
 }
 
+# What the tests have measured, and say even when they pass.
+print_figures() {
+  python3 - "$results"/*.xml << 'PYTHON'
+import re
+import sys
+import xml.etree.ElementTree as xml
+
+for path in sys.argv[1:]:
+    preset = path.rsplit("/", 1)[1][:-4]
+    for test in xml.parse(path).iter("testcase"):
+        output = test.findtext("system-out") or ""
+        for line in re.findall(r"MESSAGE: (.+)|^(fault sweep: .+)", output, re.M):
+            print(f"{preset} {test.get('name')}: {line[0] or line[1]}")
+PYTHON
+}
+
 finish() {
   local status=$? passed=0 failed=0 skipped=0
   set +e
-  compgen -G "$results/*.xml" > /dev/null && read -r passed failed skipped < <(count_results)
+  if compgen -G "$results/*.xml" > /dev/null; then
+    phase "what was measured" print_figures
+    read -r passed failed skipped < <(count_results)
+  fi
   ((status != 0 && failed == 0)) && failed=1
   ((failed != 0 && status == 0)) && status=1
   echo "all of it: $SECONDS s"

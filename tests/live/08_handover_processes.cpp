@@ -127,15 +127,14 @@ TEST_CASE("handover: many times as many a second as etcd's own lock service [slo
   };
   for (const Goal goal : {Goal{2, 10}, Goal{10, 3}}) {
     double best = 0;
-    for (int round = 0; round < 4 && best < goal.times && !(sanitized() && round > 0); ++round) {
+    for (int round = 0; round < 6 && best < goal.times && !(sanitized() && round > 0); ++round) {
       const auto ours = rate("handover-contend", unique_prefix(), goal.contenders);
       const auto theirs = rate("handover-contend-etcd", unique_prefix(), goal.contenders);
       MESSAGE(goal.contenders << " contenders: " << ours << " hand-overs/s, etcd's lock service "
                               << theirs << "/s: " << ours / theirs << " times");
       best = std::max(best, ours / theirs);
     }
-    // The goals are for a quiet machine; half of them tells a loaded one from a broken library.
-    CHECK(best >= (sanitized() ? 1 : goal.times / 2));
+    CHECK(best >= (sanitized() ? 1 : goal.times));
   }
   CHECK(onlooker.wait_leases(0));
 }
@@ -152,7 +151,7 @@ TEST_CASE("handover: from unlock to the waiter's return, however long it has wai
   Process waiter = start_child("handover-wait", {lease_etcd().url(), options.key_prefix, fifo});
   REQUIRE(waiter.read_line(lenient(5s)) == "ready");
   std::ofstream commands(fifo);
-  for (const milliseconds waited : {3ms, 20ms, 50ms}) {
+  const auto measure = [&](milliseconds waited) {
     std::vector<double> delays;
     for (int i = 0; i < scaled(30); ++i) {
       auto lock = c.lock().acquire("k", kTtl).value();
@@ -168,6 +167,11 @@ TEST_CASE("handover: from unlock to the waiter's return, however long it has wai
     const auto middle = median(delays);
     MESSAGE("after " << waited.count() << " ms: median " << middle << " ms, longest "
                      << *std::max_element(delays.begin(), delays.end()) << " ms");
-    CHECK(middle <= static_cast<double>(lenient(6ms).count()));  // 3 on a quiet machine
+    return middle;
+  };
+  for (const milliseconds waited : {3ms, 20ms, 50ms}) {
+    double best = 1e9;
+    for (int round = 0; round < 4 && best > 3; ++round) best = std::min(best, measure(waited));
+    CHECK(best <= static_cast<double>(lenient(3ms).count()));
   }
 }

@@ -238,11 +238,16 @@ namespace {
 
 struct Standstill {
   EtcdServer server;
-  CoordinatorOptions options{options_for(server)};
+  std::shared_ptr<CountingTransport> transport{std::make_shared<CountingTransport>()};
+  CoordinatorOptions options{counted(options_for(server))};
   std::unique_ptr<Coordinator> coordinator{std::make_unique<Coordinator>(connect(options))};
 
   ~Standstill() { server.continue_signal(); }
 
+  CoordinatorOptions counted(CoordinatorOptions plain) const {
+    plain.transport = transport;
+    return plain;
+  }
   template <class Call>
   void check_timeout(const std::string& what, Call call) {
     CAPTURE(what);
@@ -260,14 +265,59 @@ TEST_CASE_FIXTURE(Standstill, "SIGSTOP: every call ends at its deadline with Tim
   auto& c = *coordinator;
   auto lock = c.lock().acquire("x", 60s).value();
   auto lease = c.client().grant(60s).value();
+  auto other_lease = c.client().grant(60s).value();
   auto watch = c.config().watch("k").value();
   c.config().set("k", 1).value();
   CHECK(watch.next(Context::with_timeout(5s)));
   ServiceInfo service{"1", "web", "10.0.0.1", 80};
   service.ttl = 60s;
   c.registry().register_service(service).value();
+  auto office = c.election().campaign("e", "me", 60s).value();
+  auto second = c.election().campaign("f", "me", 60s).value();
+  auto view = c.config().view("").value();
+  const auto handler = [](const auto&) {};
   server.stop_signal();
 
+  check_timeout("range", [&](Context ctx) { return c.client().range({"k"}, ctx).error(); });
+  check_timeout("raw watch", [&](Context ctx) { return c.client().watch("k", ctx).error(); });
+  check_timeout("revoke", [&](Context ctx) { return other_lease.revoke(ctx).error(); });
+  check_timeout("guarded put", [&](Context ctx) { return lock.put("k", "v", ctx).error(); });
+  check_timeout("guarded remove", [&](Context ctx) { return lock.remove("k", ctx).error(); });
+  check_timeout("guarded commit", [&](Context ctx) {
+    return lock.commit(Txn{}.then(Op::put("k", "v")), ctx).error();
+  });
+  check_timeout("shared", [&](Context ctx) {
+    return c.lock().acquire_shared("y", 5s, ctx).error();
+  });
+  check_timeout("permit", [&](Context ctx) {
+    return c.lock().semaphore("y", 2).acquire(5s, ctx).error();
+  });
+  check_timeout("with_lock", [&](Context ctx) {
+    return c.lock().with_lock("y", 5s, [](Lock&) {}, ctx).error();
+  });
+  check_timeout("campaign", [&](Context ctx) {
+    return c.election().campaign("e", "me", 5s, ctx).error();
+  });
+  check_timeout("leader", [&](Context ctx) { return c.election().leader("e", ctx).error(); });
+  check_timeout("observe", [&](Context ctx) { return c.election().observe("e", ctx).error(); });
+  check_timeout("proclaim", [&](Context ctx) { return office.proclaim("you", ctx).error(); });
+  check_timeout("resign", [&](Context ctx) { return second.resign(ctx).error(); });
+  check_timeout("get_entry", [&](Context ctx) { return c.config().get_entry("k", ctx).error(); });
+  check_timeout("get_as", [&](Context ctx) { return c.config().get_as<int>("k", ctx).error(); });
+  check_timeout("compare_and_set", [&](Context ctx) {
+    return c.config().compare_and_set("k", 1, 2, ctx).error();
+  });
+  check_timeout("config remove", [&](Context ctx) { return c.config().remove("k", ctx).error(); });
+  check_timeout("watch_prefix",
+                [&](Context ctx) { return c.config().watch_prefix("", ctx).error(); });
+  check_timeout("watch, called back",
+                [&](Context ctx) { return c.config().watch("k", handler, ctx).error(); });
+  check_timeout("service watch", [&](Context ctx) { return c.registry().watch("web", ctx).error(); });
+  check_timeout("update", [&](Context ctx) { return c.registry().update("1", {}, ctx).error(); });
+  check_timeout("config view", [&](Context ctx) { return c.config().view("", ctx).error(); });
+  check_timeout("wait_for", [&](Context ctx) {
+    return view.wait_for(view.revision() + 1000, ctx).error();
+  });
   check_timeout("get", [&](Context ctx) { return c.client().get("k", ctx).error(); });
   check_timeout("put", [&](Context ctx) { return c.client().put("k", "v", ctx).error(); });
   check_timeout("remove", [&](Context ctx) { return c.client().remove("k", ctx).error(); });
@@ -315,7 +365,9 @@ TEST_CASE_FIXTURE(Standstill,
     right_code = error.code == ErrorCode::Lost;
     ++lost;
   });
-  std::this_thread::sleep_for(1500ms);  // one renewal at least has been made
+  const auto renewals = transport->requests("/v3/lease/keepalive");
+  CHECK(wait_until([&] { return transport->requests("/v3/lease/keepalive") > renewals; },
+                   lenient(2s)));
   CHECK(lock->held());
   server.stop_signal();
   const Stopwatch stopped;

@@ -44,9 +44,17 @@ TEST_CASE_FIXTURE(Fixture,
   std::this_thread::sleep_for(4s);  // longer than the TTL: it renews itself
   REQUIRE(registered());
   CHECK_FALSE(coordinator.lock().try_acquire("x", 10s));
+  Result<Lock> lock = Error{};
+  std::thread waiter([&] {
+    lock = coordinator.lock().acquire("x", 10s, Context::with_timeout(lenient(20s)));
+  });
+  const Etcdctl ctl(shared_etcd());
+  const auto queue = options.key_prefix + "/locks/x/";
+  const bool queued = wait_until([&] { return ctl.keys(queue).size() == 2; }, lenient(5s));
   child.kill9();
   const Stopwatch watch;
-  const auto lock = coordinator.lock().acquire("x", 10s, Context::with_timeout(lenient(20s)));
+  waiter.join();
+  CHECK(queued);
   REQUIRE_MESSAGE(lock, why(lock));
   MESSAGE("the lock passed on after ", watch.seconds(), " s; TTL 3 s");
   CHECK(watch.elapsed() <= kTtl + 2s);

@@ -1,6 +1,7 @@
 // One cluster with etcdctl, with Go's concurrency package, and with the Go module's records.
 #include <doctest/doctest.h>
 
+#include <filesystem>
 #include <thread>
 
 #include "support/live.hpp"
@@ -137,4 +138,22 @@ TEST_CASE_FIXTURE(Fixture, "interop: configuration values, both ways") {
   const auto event = watch.next(Context::with_timeout(5s)).value();
   CHECK(event.key == "app/name");
   CHECK(event.value == "from outside");
+}
+
+TEST_CASE_FIXTURE(Fixture, "examples: the same program on a real etcd [slow]") {
+  const auto folder = std::filesystem::read_symlink("/proc/self/exe").parent_path().parent_path();
+  int ran = 0;
+  for (const char* name : {"quickstart", "lock", "registry", "config_live", "election",
+                           "custom_transport"}) {
+    const auto program = folder / "examples" / name;
+    CAPTURE(program.string());
+    REQUIRE(std::filesystem::exists(program));
+    const auto result = run({program.string(), server.endpoint()});
+    CHECK_MESSAGE(result.ok(), result.out);
+    CHECK(result.out.size() > 20);
+    ++ran;
+  }
+  CHECK(ran == 6);
+  CHECK(Etcdctl(server).keys("/locks/").empty());  // they give back what they have taken
+  CHECK(Etcdctl(server).keys("/services/").empty());
 }

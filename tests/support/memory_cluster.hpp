@@ -67,12 +67,8 @@ class Tap : public coordination::Transport {
   }
   int count(const std::string& path) const { return look(started_, path); }
   int finished(const std::string& path) const { return look(finished_, path); }
-  int count() const {
-    std::lock_guard<std::mutex> hold(mutex_);
-    int sum = 0;
-    for (const auto& [path, count] : started_) sum += count;
-    return sum;
-  }
+  int count() const { return sum(started_); }
+  int finished() const { return sum(finished_); }
   void reset() {
     std::lock_guard<std::mutex> hold(mutex_);
     started_.clear();
@@ -90,6 +86,12 @@ class Tap : public coordination::Transport {
   bool loses(const coordination::HttpRequest& request) {
     std::lock_guard<std::mutex> hold(mutex_);
     return lost_ && lost_(request);
+  }
+  int sum(const Counts& counts) const {
+    std::lock_guard<std::mutex> hold(mutex_);
+    int sum = 0;
+    for (const auto& [path, count] : counts) sum += count;
+    return sum;
   }
   int look(const Counts& counts, const std::string& path) const {
     std::lock_guard<std::mutex> hold(mutex_);

@@ -216,6 +216,23 @@ TEST_CASE("lock: first come, first served") {
   CHECK(s.etcd->keys().empty());
 }
 
+TEST_CASE("lock: an unlock wakes the next in the queue and nobody else") {
+  Setup s;
+  auto lock = std::make_unique<Lock>(s.acquire());
+  std::vector<std::unique_ptr<Waiter>> waiters;
+  for (std::size_t i = 0; i < 10; ++i) {
+    waiters.push_back(std::make_unique<Waiter>(exclusive(i % 2 == 0 ? s.c : s.d)));
+    CHECK(eventually([&] { return s.etcd->keys().size() == i + 2; }));
+  }
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") == 10; }));
+  CHECK(eventually([&] { return s.tap->count() == s.tap->finished() + 10; }));
+  s.tap->reset();
+  lock.reset();
+  CHECK(waiters[0]->wins());
+  CHECK(s.tap->count() == 2);  // the unlock, and a look of the next
+  CHECK(s.tap->count(kTxn) == 2);
+}
+
 TEST_CASE("lock: who gives up waiting leaves nothing, and lets the others pass") {
   Setup s;
   auto lock = s.acquire();

@@ -3,7 +3,9 @@
 #include <doctest/doctest.h>
 
 #include <cstdio>
+#include <functional>
 #include <optional>
+#include <thread>
 
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
@@ -13,9 +15,29 @@ using namespace support;
 
 namespace {
 
-enum class Fault { Refused, ReplyLost, NoLeader, TokenDead, StreamsCut };
-constexpr const char* kFaultNames[] = {"refused", "reply lost", "no leader", "token dead",
-                                       "streams cut"};
+enum class Fault {
+  Refused,
+  ReplyLost,
+  NoLeader,
+  TokenDead,
+  Delayed,
+  StreamsCut,     // in the middle of a line
+  StreamsEnded,   // well
+  Partitioned,    // until the scenario is over
+  Compacted,
+  LeasesExpired,  // all that the actor has
+  Emptied         // etcd comes back without its data
+};
+constexpr const char* kFaultNames[] = {
+    "refused",       "reply lost",  "no leader", "token dead",     "delayed", "streams cut",
+    "streams ended", "partitioned", "compacted", "leases expired", "emptied"};
+constexpr int kFaults = 11;
+
+/// Whether several in a row are worse than one.
+bool bursts(Fault fault) {
+  return fault == Fault::Refused || fault == Fault::ReplyLost || fault == Fault::NoLeader ||
+         fault == Fault::StreamsCut;
+}
 
 /// From the n-th request on, `burst` requests are spoilt.
 class Sweeper : public Transport {
@@ -26,6 +48,7 @@ class Sweeper : public Transport {
   Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
                                const Context& ctx) override {
     const int number = ++count_;
+    note_lease(request);
     if (disarmed_ || number < first_ || number > last_) {
       return etcd_->perform(request, sink, ctx);
     }
@@ -39,13 +62,37 @@ class Sweeper : public Transport {
       case Fault::TokenDead:
         etcd_->invalidate_tokens();
         break;
+      case Fault::Delayed:
+        std::this_thread::sleep_for(3ms);
+        break;
       case Fault::StreamsCut:
         return cut(request, sink, ctx);
+      case Fault::StreamsEnded:
+        etcd_->cut_streams();
+        break;
+      case Fault::Partitioned:
+        cut_off();
+        break;
+      case Fault::Compacted:
+        etcd_->compact();
+        break;
+      case Fault::LeasesExpired:
+        expire_leases();
+        break;
+      case Fault::Emptied:
+        etcd_->restart_empty();
+        break;
     }
     return etcd_->perform(request, sink, ctx);
   }
 
-  void disarm() { disarmed_ = true; }
+  void disarm() {
+    std::lock_guard<std::mutex> hold(mutex_);
+    disarmed_ = true;
+    etcd_->heal();
+  }
+  /// Whether it takes away what etcd has said yes to.
+  bool destroys() const { return fault_ == Fault::LeasesExpired || fault_ == Fault::Emptied; }
   bool reached() const { return count_ >= first_; }
 
  private:
@@ -71,9 +118,26 @@ class Sweeper : public Transport {
     return failed(Outcome::MaybeApplied);
   }
 
+  void note_lease(const HttpRequest& request) {
+    if (request.path != "/v3/lease/grant") return;
+    const auto body = nlohmann::json::parse(request.body);
+    std::lock_guard<std::mutex> hold(mutex_);
+    leases_.push_back(std::stoll(body.at("ID").get<std::string>()));
+  }
+  void cut_off() {
+    std::lock_guard<std::mutex> hold(mutex_);
+    if (!disarmed_) etcd_->partition("actor:1");
+  }
+  void expire_leases() {
+    std::lock_guard<std::mutex> hold(mutex_);
+    for (const auto lease : leases_) etcd_->expire_lease(lease);
+  }
+
   const std::shared_ptr<MemoryEtcd> etcd_;
   const Fault fault_;
   const int first_, last_;
+  std::mutex mutex_;
+  std::vector<std::int64_t> leases_;
   std::atomic<int> count_{0};
   std::atomic<bool> disarmed_{false};
 };
@@ -103,18 +167,24 @@ class World {
   bool is_true(const Result<T>& result) {
     if (result) return true;
     const auto code = result.error().code;
-    CHECK_MESSAGE((code == ErrorCode::Connection || code == ErrorCode::Unavailable ||
-                   code == ErrorCode::PermissionDenied),
-                  text_of(result));
+    const bool explained = code == ErrorCode::Connection || code == ErrorCode::Unavailable ||
+                           code == ErrorCode::PermissionDenied;
+    const bool lost = code == ErrorCode::Lost || code == ErrorCode::NotFound ||
+                      code == ErrorCode::Conflict || code == ErrorCode::Timeout;
+    CHECK_MESSAGE((explained || (destroys() && lost)), text_of(result));
     return false;
   }
+  /// Then what was there may be gone at any moment; all else still holds.
+  bool destroys() const { return sweeper->destroys(); }
   /// The state is `after` if the call succeeded, `before` if it was not applied, else one of them.
   template <class T>
   void agrees(const Result<T>& result, const std::string& key, const std::string& before,
               const std::string& after) {
     is_true(result);
     const auto now = value(key);
-    if (result) {
+    if (destroys()) {
+      CHECK((now == before || now == after || now == "none"));
+    } else if (result) {
       CHECK(now == after);
     } else if (result.error().outcome == Outcome::NotApplied) {
       CHECK(now == before);
@@ -161,34 +231,59 @@ class World {
 
 using Scenario = std::function<void(World&)>;
 
-/// Runs the scenario with each fault at each request; returns at how many points there was one.
-int sweep(const char* name, const Scenario& scenario) {
+/// Runs the scenario with this fault at each request; returns at how many points there was one.
+int sweep(const char* name, Fault fault, const Scenario& scenario) {
   int points = 0;
-  for (int kind = 0; kind < 5; ++kind) {
-    for (const int burst : {1, 3}) {
-      if (burst > 1 && static_cast<Fault>(kind) == Fault::TokenDead)
-        continue;  // none lives so short
-      for (int n = 1;; ++n) {
-        INFO(std::string(name) << ": " << std::string(kFaultNames[kind]) << " at request " << n
-                               << ", " << burst << " times");
-        World world(static_cast<Fault>(kind), n, burst);
-        if (world.connect()) scenario(world);
-        const bool reached = world.sweeper->reached();
-        world.end();
-        if (!reached) break;
-        ++points;
-      }
+  for (const int burst : {1, 3}) {
+    if (burst > 1 && !bursts(fault)) continue;
+    for (int n = 1;; ++n) {
+      INFO(std::string(name) << ": " << std::string(kFaultNames[static_cast<int>(fault)])
+                             << " at request " << n << ", " << burst << " times");
+      World world(fault, n, burst);
+      if (world.connect()) scenario(world);
+      const bool reached = world.sweeper->reached();
+      world.end();
+      if (!reached) break;
+      ++points;
     }
   }
-  std::printf("fault sweep: %-12s %4d injection points\n", name, points);
+  return points;
+}
+
+/// With each fault: they wait more than they work, so all are tried at once.
+int sweep(const char* name, const Scenario& scenario) {
+  static std::atomic<int> all{0};
+  std::atomic<int> points{0};
+  {
+    std::vector<Joined> threads;
+    for (int fault = 0; fault < kFaults; ++fault) {
+      threads.emplace_back([&, fault] {
+        try {
+          points += sweep(name, static_cast<Fault>(fault), scenario);
+        } catch (...) {  // of a REQUIRE, which has said why
+          points = -1000000;
+        }
+      });
+    }
+  }
+  std::printf("fault sweep: %-18s %4d injection points, %d so far\n", name, points.load(),
+              all += points);
   return points;
 }
 
 // What a lock must be, however it was acquired.
 
-void check_held(World& world, Lock& lock) {
-  CHECK(lock.held());
-  CHECK(world.has(lock.key()));
+template <class Handle>
+void check_held(World& world, Handle& handle) {
+  if (world.destroys()) return;
+  CHECK(handle.held());
+  CHECK(world.has(handle.key()));
+}
+/// Nobody else has it: where it may have been lost, one who gets it comes after.
+void check_alone(World& world, const char* key, const Lock& lock) {
+  auto other = world.other->lock().try_acquire(key, 9s);
+  if (!world.destroys()) CHECK_FALSE(other);
+  if (other) CHECK(other->fencing_token() != lock.fencing_token());
 }
 
 /// False if it may still be there: then the next one may find it so.
@@ -200,19 +295,33 @@ bool unlock(World& world, Lock& lock) {
   return unlocked.has_value();
 }
 
+void with_lock(World& world) {
+  int runs = 0;
+  const auto done = world.actor->lock().with_lock("a", 9s, [&](Lock& lock) {
+    ++runs;
+    check_held(world, lock);
+    check_alone(world, "a", lock);
+  });
+  world.is_true(done);
+  CHECK(runs <= 1);
+  if (done) CHECK(runs == 1);
+}
+
 void exclusive(World& world) {
   auto& locks = world.actor->lock();
   auto lock = locks.acquire("a", 9s);
   if (!world.is_true(lock)) return;
   check_held(world, *lock);
-  CHECK_FALSE(world.other->lock().try_acquire("a", 9s));
+  check_alone(world, "a", *lock);
   const auto renewed = lock->renew(9s);
   world.is_true(renewed);
   const auto token = lock->fencing_token();
   const auto moved = lock->renew(20s);
   world.is_true(moved);
   check_held(world, *lock);
-  CHECK(world.other->client().get(lock->key()).value().create_revision == token);
+  if (!world.destroys()) {
+    CHECK(world.other->client().get(lock->key()).value().create_revision == token);
+  }
   world.agrees(lock->put("k", "1"), "k", "none", "1");
   unlock(world, *lock);
 }
@@ -235,7 +344,7 @@ void shared(World& world) {
   }
   auto tried = world.actor->lock().try_acquire_shared("a", 9s);
   if (world.is_true(tried)) check_held(world, *tried);
-  CHECK(beside.held());
+  if (!world.destroys()) CHECK(beside.held());
 }
 
 void semaphore(World& world) {
@@ -244,40 +353,66 @@ void semaphore(World& world) {
   auto one = permits.acquire(9s);
   if (world.is_true(one)) {
     check_held(world, *one);
-    CHECK_FALSE(world.other->lock().semaphore("a", 2).try_acquire(9s));
+    if (!world.destroys()) CHECK_FALSE(world.other->lock().semaphore("a", 2).try_acquire(9s));
     if (!unlock(world, *one)) return;
   }
   auto two = permits.try_acquire(9s);
   if (world.is_true(two)) check_held(world, *two);
 }
 
-/// The lock is held by somebody else at first, who gives it back when he is waited for.
-void contended(World& world) {
-  auto first = world.other->lock().acquire("a", 60s).value();
-  Result<Lock> second = Error{};
+/// It is held by somebody else at first, who gives it back when he is waited for.
+template <class Handle>
+void take_over(World& world, Handle& first, const std::function<void()>& give_back,
+               const std::function<Result<Handle>(Context)>& acquire) {
+  Result<Handle> second = Error{};
   std::atomic<bool> done{false};
   {
     Joined waiter([&] {
-      second = world.actor->lock().acquire("a", 60s, Context::with_timeout(5s));
+      second = acquire(Context::with_timeout(world.destroys() ? 500ms : 5000ms));
       done = true;
     });
-    CHECK(eventually([&] { return done || world.etcd->keys().size() >= 2; }));
+    CHECK(eventually([&] { return done || world.etcd->keys().size() != 1; }));
     std::this_thread::sleep_for(1ms);
-    if (!done) CHECK(first.held());
-    first.unlock().value();
+    if (!done && !world.destroys()) CHECK(first.held());
+    give_back();
+    CHECK(wait_until(
+        [&] {
+          world.etcd->heal();  // a partition ends before it is too late
+          return done.load();
+        },
+        lenient(6s)));
   }
   if (!world.is_true(second)) return;
   check_held(world, *second);
-  CHECK(second->fencing_token() > first.fencing_token());
-  CHECK_FALSE(world.other->lock().try_acquire("a", 9s));
-  unlock(world, *second);
+  if (!world.destroys()) CHECK(second->fencing_token() > first.fencing_token());
+}
+
+void contended(World& world) {
+  auto first = world.other->lock().acquire("a", 60s).value();
+  take_over<Lock>(
+      world, first, [&] { static_cast<void>(first.unlock()); },
+      [&](Context ctx) { return world.actor->lock().acquire("a", 60s, ctx); });
+}
+
+void contended_permit(World& world) {
+  auto first = world.other->lock().semaphore("a", 1).acquire(60s).value();
+  take_over<Lock>(
+      world, first, [&] { static_cast<void>(first.unlock()); },
+      [&](Context ctx) { return world.actor->lock().semaphore("a", 1).acquire(60s, ctx); });
+}
+
+void contended_office(World& world) {
+  auto first = world.other->election().campaign("e", "one", 60s).value();
+  take_over<Leadership>(
+      world, first, [&] { static_cast<void>(first.resign()); },
+      [&](Context ctx) { return world.actor->election().campaign("e", "two", 60s, ctx); });
 }
 
 void election(World& world) {
   auto& elections = world.actor->election();
   auto office = elections.campaign("e", "one", 9s);
   if (!world.is_true(office)) return;
-  CHECK(office->held());
+  check_held(world, *office);
   world.agrees(office->proclaim("two"), office->key(), "one", "two");
   const auto leader = elections.leader("e");
   if (world.is_true(leader)) CHECK(leader->key == office->key());
@@ -292,13 +427,13 @@ void registry(World& world) {
   const ServiceInfo service{"w1", "web", "h", 80, {}, 9s};
   const auto registered = services.register_service(service);
   world.is_true(registered);
-  if (registered) CHECK(world.has("/services/web/w1"));
+  if (registered && !world.destroys()) CHECK(world.has("/services/web/w1"));
   auto moved = service;
   moved.port = 81;
   const auto again = services.register_service(moved);
   world.is_true(again);
   const auto found = services.discover("web");
-  if (world.is_true(found) && again) {
+  if (world.is_true(found) && again && !world.destroys()) {
     REQUIRE(found->size() == 1);
     CHECK(found->front() == moved);
   }
@@ -317,12 +452,55 @@ void config(World& world) {
   world.other->config().set("k", "two").value();
   const auto entry = values.get_entry("k");
   if (world.is_true(entry)) CHECK(entry->value == "two");
-  const auto revision = world.other->config().get_entry("k").value().revision;
-  world.agrees(values.compare_and_set("k", revision, "three"), "/config/k", "two", "three");
+  const auto seen = world.other->config().get_entry("k");
+  CHECK((seen || world.destroys()));
+  if (!seen) return;
+  world.agrees(values.compare_and_set("k", seen->revision, "three"), "/config/k", "two", "three");
   const auto list = values.list("");
-  if (world.is_true(list)) CHECK(*list == std::vector<std::string>{"k"});
+  if (world.is_true(list) && !world.destroys()) CHECK(*list == std::vector<std::string>{"k"});
   world.other->config().set("k", "four").value();
   world.agrees(values.remove("k"), "/config/k", "four", "none");
+}
+
+/// Whatever happens to the record: it is there again, and gone when it is not wanted any more.
+void healing(World& world) {
+  auto& services = world.actor->registry();
+  const auto registered = services.register_service({"w1", "web", "h", 80, {}, 9s});
+  if (!world.is_true(registered)) return;
+  for (const auto lease : world.etcd->leases()) world.etcd->expire_lease(lease);
+  world.etcd->advance(3001ms);  // the renewal tells, where the watch does not
+  CHECK(eventually([&] { return world.has("/services/web/w1") || world.sweeper->reached(); }));
+  world.sweeper->disarm();
+  world.etcd->advance(3001ms);
+  CHECK(eventually([&] { return world.has("/services/web/w1"); }));
+  const auto ended = services.unregister("w1");
+  CHECK_MESSAGE(ended, text_of(ended));
+  CHECK_FALSE(world.has("/services/web/w1"));
+}
+
+/// The next event that says this; others may come before it where data was lost.
+template <class Event, class Says>
+void hears(World& world, Watch<Event>& watch, Says says) {
+  const auto end = Context::with_timeout(lenient(3s));
+  for (;;) {
+    const auto event = watch.next(end);
+    REQUIRE_MESSAGE(event, text_of(event));
+    if (says(*event)) return;
+    CHECK_MESSAGE(world.destroys(), event->revision);
+    if (!world.destroys()) return;
+  }
+}
+
+/// What is heard while somebody else writes; a partition ends before it is too late to hear of it.
+template <class Event>
+void follow(World& world, Watch<Event>& watch, const std::function<void(int)>& write,
+            const std::function<bool(const Event&, int)>& says) {
+  for (int i = 1; i <= 4; ++i) {
+    write(i);
+    world.etcd->heal();
+    hears(world, watch, [&](const Event& event) { return says(event, i); });
+  }
+  if (!world.destroys()) CHECK_FALSE(watch.next(Context::with_timeout(0ms)));
 }
 
 void watches(World& world) {
@@ -330,13 +508,9 @@ void watches(World& world) {
   auto view = world.actor->config().view("");
   world.is_true(view);
   if (!world.is_true(watch)) return;
-  for (int i = 1; i <= 4; ++i) {
-    world.other->config().set("k", i).value();
-    const auto event = watch->next(Context::with_timeout(lenient(3s)));
-    REQUIRE_MESSAGE(event, text_of(event));
-    CHECK(event->value == i);
-  }
-  CHECK_FALSE(watch->next(Context::with_timeout(0ms)));
+  follow<ConfigEvent>(
+      world, *watch, [&](int i) { world.other->config().set("k", i).value(); },
+      [](const ConfigEvent& event, int i) { return event.value == i; });
   if (!view) return;
   CHECK(eventually([&] {
     const auto seen = view->get("k");
@@ -344,23 +518,67 @@ void watches(World& world) {
   }));
 }
 
+void service_watches(World& world) {
+  auto watch = world.actor->registry().watch("web");
+  auto view = world.actor->registry().view("web");
+  world.is_true(view);
+  if (!world.is_true(watch)) return;
+  const auto write = [&](int i) {
+    world.other->registry().register_service({"w", "web", "h", i, {}, 60s}).value();
+  };
+  follow<ServiceEvent>(world, *watch, write, [](const ServiceEvent& event, int i) {
+    return event.type == EventType::Put && event.service.port == i;
+  });
+  if (!view) return;
+  CHECK(eventually([&] {
+    const auto seen = view->instances();
+    return seen.size() == 1 && seen[0].port == 4;
+  }));
+}
+
+void observers(World& world) {
+  auto watch = world.actor->election().observe("e");
+  if (!world.is_true(watch)) return;
+  std::optional<Leadership> office;
+  const auto write = [&](int i) {
+    const auto value = std::to_string(i);
+    if (office && office->proclaim(value)) return;
+    office.emplace(world.other->election().campaign("e", value, 60s).value());
+  };
+  follow<LeaderInfo>(world, *watch, write, [](const LeaderInfo& leader, int i) {
+    return leader.value == std::to_string(i);
+  });
+}
+
 }  // namespace
 
 TEST_CASE("fault sweep: locks") {
-  CHECK(sweep("lock", exclusive) > 60);
-  CHECK(sweep("try lock", try_exclusive) > 40);
-  CHECK(sweep("contended", contended) > 40);
+  CHECK(sweep("lock", exclusive) > 130);
+  CHECK(sweep("try lock", try_exclusive) > 90);
+  CHECK(sweep("with_lock", with_lock) > 60);
+  CHECK(sweep("contended lock", contended) > 80);
 }
 
 TEST_CASE("fault sweep: shared locks and semaphores") {
-  CHECK(sweep("shared", shared) > 40);
-  CHECK(sweep("semaphore", semaphore) > 40);
+  CHECK(sweep("shared lock", shared) > 90);
+  CHECK(sweep("semaphore", semaphore) > 90);
+  CHECK(sweep("contended permit", contended_permit) > 80);
 }
 
-TEST_CASE("fault sweep: election") { CHECK(sweep("election", election) > 50); }
+TEST_CASE("fault sweep: election") {
+  CHECK(sweep("election", election) > 110);
+  CHECK(sweep("contended office", contended_office) > 80);
+  CHECK(sweep("observe", observers) > 50);
+}
 
-TEST_CASE("fault sweep: registry") { CHECK(sweep("registry", registry) > 50); }
+TEST_CASE("fault sweep: registry") {
+  CHECK(sweep("registry", registry) > 90);
+  CHECK(sweep("healing", healing) > 80);
+}
 
-TEST_CASE("fault sweep: config") { CHECK(sweep("config", config) > 60); }
+TEST_CASE("fault sweep: config") { CHECK(sweep("config", config) > 90); }
 
-TEST_CASE("fault sweep: watches and views") { CHECK(sweep("watches", watches) > 40); }
+TEST_CASE("fault sweep: watches and views") {
+  CHECK(sweep("config watches", watches) > 80);
+  CHECK(sweep("service watches", service_watches) > 80);
+}
