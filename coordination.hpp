@@ -4322,6 +4322,7 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
  private:
   static constexpr milliseconds kWindow{200};     // renewals that are due within it go together
   static constexpr milliseconds kRetry{500};      // after a renewal that failed
+  static constexpr milliseconds kRevokeRetry{500};
   static constexpr std::size_t kBatch = 1000;     // leases in one request
   static constexpr std::size_t kMostIdle = 64;    // leases kept for reuse
 
@@ -4500,7 +4501,7 @@ COORDINATION_API Result<void> LeaseKeeper::revoke(std::int64_t id, const Context
 /// close() must know of it while the request is under way.
 COORDINATION_API Result<void> LeaseKeeper::end(const LeasePtr& lease, const Context& ctx) {
   lease->release();
-  auto next = steady_clock::now() + milliseconds(1000);
+  auto next = steady_clock::now() + kRevokeRetry;
   if (!doom(lease->id, lease->ttl(), true, next)) return closed_error();
   auto done = revoke(lease->id, ctx);
   if (!done) return schedule_sweep(next), done;
@@ -4784,7 +4785,7 @@ COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
     sweep_at_.reset();
     for (auto& entry : doomed_) {
       if (entry.second.next > now) continue;
-      entry.second.next = now + milliseconds(1000);  // they stay in the list, for close()
+      entry.second.next = now + kRevokeRetry;  // they stay in the list, for close()
       due.push_back(entry.second);
     }
   }
@@ -4799,7 +4800,7 @@ COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto it = doomed_.find(doomed.id);
     if (it == doomed_.end()) continue;
-    it->second.next = ended + milliseconds(1000);
+    it->second.next = ended + kRevokeRetry;
     if (over) doomed_.erase(it);
   }
   std::optional<SteadyTime> next;
