@@ -25,8 +25,8 @@
 // Errors:   nothing throws but Result::value(). A write that failed says in Error::outcome
 //           whether etcd may have applied it all the same.
 // Threads:  every class may be used from several threads unless it says otherwise. A Coordinator
-//           runs at most 11 threads of its own, started when they are needed: 1 for timers, 1 for
-//           lease renewals, 2 for background work, 2 for callbacks and 5 for watch streams. Who
+//           runs at most 10 threads of its own, started when they are needed: 1 for timers, 1 for
+//           lease renewals, 1 for background work, 2 for callbacks and 5 for watch streams. Who
 //           waits for a lock or an election waits on a stream of its own, in the caller's thread.
 // Handlers: run on the callback threads, in order and one at a time per handle, never under a
 //           lock of the library. They may call anything and may destroy their own handle. Once a
@@ -1843,7 +1843,7 @@ struct Executor {
   Timer timer;
   std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
   std::shared_ptr<Lane> renewals{std::make_shared<Lane>(1)};    // nothing but lease renewals
-  std::shared_ptr<Lane> background{std::make_shared<Lane>(2)};  // each task bounded to seconds
+  std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // tasks that are soon over
   std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams)};
 
   void stop(SteadyTime limit) {

@@ -388,6 +388,15 @@ TEST_CASE("TLS: what is accepted and what is refused") {
     tls.ca_file = files.file("missing.pem");
     CHECK_FALSE(ask(server, tls));
   }
+  SUBCASE("a client certificate that is not there") {
+    tls.ca_file = files.ca();
+    tls.cert_file = files.file("missing.pem");
+    tls.key_file = files.file("missing.key");
+    const auto answer = ask(server, tls);
+    REQUIRE_FALSE(answer);
+    CHECK(answer.error().code == ErrorCode::Connection);
+    CHECK(answer.error().outcome == Outcome::NotApplied);
+  }
   SUBCASE("a certificate for another host") {
     const EtcdServer foreign(
         EtcdOptions{"", files.etcd_flags(false, "foreign"), "https", "127.0.0.1"});

@@ -1,6 +1,8 @@
 // Watch: order, contents, options, ends, interruptions. What needs thousands of them is elsewhere.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <thread>
 
@@ -44,7 +46,70 @@ std::vector<std::string> take(Watch<WatchEvent>& watch, std::size_t count) {
 
 using Texts = std::vector<std::string>;
 
+/// Measures the longest line that comes on a stream.
+class LineMeter : public Transport {
+ public:
+  Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                               const Context& ctx) override {
+    if (request.path != "/v3/watch") return inner_->perform(request, sink, ctx);
+    std::size_t length = 0;
+    const auto measure = [&](std::string_view piece) {
+      const auto end = piece.find('\n');
+      length += end == std::string_view::npos ? piece.size() : end;
+      longest_ = std::max(longest_.load(), length);
+      if (end != std::string_view::npos) length = piece.size() - piece.rfind('\n') - 1;
+      return sink(piece);
+    };
+    return inner_->perform(request, measure, ctx);
+  }
+  std::size_t longest() const { return longest_; }
+
+ private:
+  const std::shared_ptr<Transport> inner_{make_default_transport()};
+  std::atomic<std::size_t> longest_{0};
+};
+
 }  // namespace
+
+TEST_CASE("watch: a long history comes in lines of bounded length, and is whole") {
+  const EtcdServer etcd;
+  auto options = options_for(etcd);
+  const auto meter = std::make_shared<LineMeter>();
+  options.transport = meter;
+  auto c = connect(options);
+  std::vector<std::int64_t> written;
+  for (char i = 0; i < 24; ++i) {
+    const std::string value(1'000'000, static_cast<char>('a' + i));
+    written.push_back(c.client().put("k", value).value().revision);
+  }
+  // In one transaction, and yet in more than one line.
+  Txn txn;
+  for (int i = 0; i < 4; ++i) {
+    txn.then(Op::put("k" + std::to_string(i), std::string(350'000, 'x')));
+  }
+  const auto last = c.client().commit(txn).value().revision;
+  WatchRequest request;
+  request.key = "k";
+  request.range_end = "l";
+  request.start_revision = written.front();
+  request.prev_kv = true;
+  request.queue_size = 4;
+  auto watch = c.client().watch(request).value();
+  for (std::size_t i = 0; i < written.size(); ++i) {
+    const auto event = watch.next(Context::with_timeout(lenient(kSoon))).value();
+    CHECK(event.revision == written[i]);
+    CHECK(event.kv.value == std::string(1'000'000, static_cast<char>('a' + i)));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const auto event = watch.next(Context::with_timeout(lenient(kSoon))).value();
+    CHECK(event.revision == last);
+    CHECK(event.kv.key == "k" + std::to_string(i));
+    CHECK(event.kv.value.size() == 350'000);
+  }
+  MESSAGE("the longest line: ", meter->longest() / 1024, " KiB of ",
+          (2 * 24 * 1000 + 4 * 350) * 4 / 3, " in all");
+  CHECK(meter->longest() < 4u << 20);
+}
 
 TEST_CASE_FIXTURE(Fixture, "watch: every change in order, with its contents and revision") {
   auto watch = client.watch(all()).value();

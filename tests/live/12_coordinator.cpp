@@ -206,12 +206,14 @@ TEST_CASE("close: within a second, may be repeated, and everything answers Cance
 }
 
 TEST_CASE("close: from a handler, and handles destroyed after their Coordinator") {
-  auto coordinator = std::make_unique<Coordinator>(connect(shared_etcd()));
+  const auto options = options_for(shared_etcd());
+  auto coordinator = std::make_unique<Coordinator>(connect(options));
+  auto writer = connect(options);  // its request is not ended by the closing
   std::atomic<bool> closed{false};
   auto subscription = coordinator->config().watch(
       "k", [&](const ConfigEvent&) { closed = coordinator->close().has_value(); });
   REQUIRE_MESSAGE(subscription, why(subscription));
-  coordinator->config().set("k", 1).value();
+  writer.config().set("k", 1).value();
   CHECK(wait_until([&] { return closed.load(); }, lenient(2s)));
 
   auto second = std::make_unique<Coordinator>(connect(shared_etcd()));
