@@ -980,7 +980,7 @@ class ServiceRegistry {
   Result<void> register_service(ServiceInfo service, Context ctx = {});
   Result<void> register_service(ServiceInfo service, RegisterOptions options, Context ctx = {});
   /// Gives every registration with this id that this Coordinator has made other metadata, without
-  /// a moment of absence. Errors: NotFound if there is none.
+  /// a moment of absence. Errors: NotFound if there is none, or somebody else has replaced it.
   Result<void> update(std::string id, std::map<std::string, std::string> metadata,
                       Context ctx = {});
   /// Ends every registration with this id that this Coordinator has made.
@@ -1650,7 +1650,8 @@ class HandlerWaits {
 /// leave when they have been idle for a while.
 class Lane : public std::enable_shared_from_this<Lane> {
  public:
-  explicit Lane(std::size_t most) : most_(most) {}
+  /// `may_queue` false: its tasks last, so that none may wait for the end of another.
+  explicit Lane(std::size_t most, bool may_queue = true) : most_(most), may_queue_(may_queue) {}
   ~Lane() { reap(std::move(finished_)); }
 
   /// False: there is no thread for it, and none can be had. The task is dropped.
@@ -1666,7 +1667,8 @@ class Lane : public std::enable_shared_from_this<Lane> {
       } else {
         failed = guarded([this] { add_thread(); });
       }
-      if (failed && threads_.empty()) return tasks_.pop_back(), false;
+      bool stuck = threads_.empty() || !may_queue_;
+      if (failed && stuck) return tasks_.pop_back(), false;
       finished.swap(finished_);
     }
     reap(std::move(finished));
@@ -1752,6 +1754,7 @@ class Lane : public std::enable_shared_from_this<Lane> {
   }
 
   const std::size_t most_;
+  const bool may_queue_;
   std::mutex mutex_;
   std::condition_variable wake_, gone_;
   std::deque<Task> tasks_;
@@ -1839,12 +1842,23 @@ class Timer {
 inline constexpr std::size_t kCallbackThreads = 2;
 inline constexpr std::size_t kMaxStreams = 5;  // one of them only while others are merged into it
 
-struct Executor {
+struct Executor : std::enable_shared_from_this<Executor> {
   Timer timer;
   std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
   std::shared_ptr<Lane> renewals{std::make_shared<Lane>(1)};    // nothing but lease renewals
   std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // tasks that are soon over
-  std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams)};
+  std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams, false)};
+
+  /// Where the system has no thread to give, it tries again.
+  void run(const std::shared_ptr<Lane>& lane, const Task& task) {
+    if (!lane->post(task)) run_at(steady_clock::now() + milliseconds(500), lane, task);
+  }
+  void run_at(SteadyTime when, const std::shared_ptr<Lane>& lane, const Task& task) {
+    if (when <= steady_clock::now()) return run(lane, task);
+    timer.at(when, [weak = weak_from_this(), lane, task] {
+      if (auto self = weak.lock()) self->run(lane, task);
+    });
+  }
 
   void stop(SteadyTime limit) {
     timer.stop();
@@ -4347,7 +4361,7 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   void renew(std::vector<LeasePtr> batch);
   std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch,
                                    bool* reached = nullptr);
-  std::vector<LeasePtr> renew_singly(ClientState& client, std::vector<LeasePtr> batch);
+  std::vector<LeasePtr> renew_singly(ClientState& client, const std::vector<LeasePtr>& batch);
   void answered(const LeasePtr& lease, SteadyTime sent, std::int64_t ttl);
   void check_deadlines(std::optional<SteadyTime> when = std::nullopt);
   void watch_deadline(SteadyTime deadline);
@@ -4528,12 +4542,8 @@ COORDINATION_API void LeaseKeeper::schedule(SteadyTime when) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_ || (tick_at_ && *tick_at_ <= when)) return;
   tick_at_ = when;
-  std::weak_ptr<LeaseKeeper> weak = weak_from_this();
-  auto renewals = client->executor->renewals;
-  client->executor->timer.at(when, [weak, renewals, when] {
-    renewals->post([weak, when] {
-      if (auto self = weak.lock()) self->tick(when);
-    });
+  client->executor->run_at(when, client->executor->renewals, [weak = weak_from_this(), when] {
+    if (auto self = weak.lock()) self->tick(when);
   });
 }
 
@@ -4584,7 +4594,7 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
     if (client->open.cancelled()) return;
     batch = renew_once(*client, batch);
   }
-  if (batch.size() > 1) batch = renew_singly(*client, std::move(batch));
+  if (batch.size() > 1) batch = renew_singly(*client, batch);
   std::lock_guard<std::mutex> lock(mutex_);
   auto now = client->clock->now();
   for (auto& lease : batch) lease->due = now + (std::min)(kRetry, lease->ttl() / 10);
@@ -4592,15 +4602,15 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
 
 /// One that is refused keeps back the rest of a batch, and a batch needs a new connection, which
 /// may not be had. Returns those that are left when the time of one attempt is over.
-COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(ClientState& client,
-                                                                 std::vector<LeasePtr> batch) {
-  std::sort(batch.begin(), batch.end(), [](const LeasePtr& a, const LeasePtr& b) {
-    return a->deadline() < b->deadline();
-  });
+COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(
+    ClientState& client, const std::vector<LeasePtr>& batch) {
+  std::vector<std::pair<SteadyTime, LeasePtr>> urgent;
+  for (auto& lease : batch) urgent.emplace_back(lease->deadline(), lease);
+  std::sort(urgent.begin(), urgent.end());
   const auto end = steady_clock::now() + attempt_limit();
   std::vector<LeasePtr> left;
   bool reached = true;
-  for (auto& lease : batch) {
+  for (auto& [deadline, lease] : urgent) {
     bool go_on = reached && !client.open.cancelled() && steady_clock::now() < end;
     if (!go_on || !renew_once(client, {lease}, &reached).empty()) left.push_back(lease);
   }
@@ -4760,18 +4770,9 @@ COORDINATION_API void LeaseKeeper::schedule_sweep(SteadyTime when) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_ || (sweep_at_ && *sweep_at_ <= when)) return;
   sweep_at_ = when;
-  std::weak_ptr<LeaseKeeper> weak = weak_from_this();
-  auto background = client->executor->background;
-  auto post = [weak, background, when] {
-    background->post([weak, when] {
-      if (auto self = weak.lock()) self->sweep(when);
-    });
-  };
-  if (when <= steady_clock::now()) {
-    post();
-  } else {
-    client->executor->timer.at(when, post);
-  }
+  client->executor->run_at(when, client->executor->background, [weak = weak_from_this(), when] {
+    if (auto self = weak.lock()) self->sweep(when);
+  });
 }
 
 /// Tries once for every doomed lease whose time has come; stops at the first that cannot be
@@ -4962,6 +4963,7 @@ struct HubWatch {
   bool confirmed{false};              // etcd has answered its creation, once at least
   bool logged_in_again{false};
   SteadyTime heard{};                 // when a stream that it has left was last heard of
+  std::int64_t born_below{0};         // it began before what others had seen: in a new history?
 };
 
 using HubWatchPtr = std::shared_ptr<HubWatch>;
@@ -4980,6 +4982,7 @@ struct HubStream {
   bool over{false};
   std::atomic<bool> suspect{false};        // it is silent and its member does not answer
   bool reset{false};                       // etcd's history is shorter than ours
+  std::int64_t seen{0};                    // of it, before the stream was asked for
   bool rests{false};                       // all its watches have been silent since a compaction
   std::size_t wasted{0};                   // events for watches that have left
   std::map<std::int64_t, std::vector<WatchEvent>> fragments;  // by watch; its own thread's
@@ -5068,6 +5071,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   void give_up_unconfirmed();
   void check(std::size_t member, const std::vector<HubStreamPtr>& streams);
   void check_history(const HubStreamPtr& stream);
+  void begin_anew(std::int64_t revision);
 
   std::weak_ptr<ClientState> client_;
   std::mutex mutex_;
@@ -5093,6 +5097,7 @@ COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t n
   watch->sink = std::move(sink);
   watch->next_revision = next_revision;
   watch->anchored = anchored;
+  if (anchored && next_revision - 1 < highest_) watch->born_below = highest_;
   if (anchored) saw(next_revision - 1);
   SteadyTime when;
   {
@@ -5224,7 +5229,7 @@ COORDINATION_API void WatchHub::open_next() {
     supervised_ = true;
   }
   if (supervise_now) supervise();
-  client->executor->streams->post([weak = weak_from_this(), stream] {
+  client->executor->run(client->executor->streams, [weak = weak_from_this(), stream] {
     if (auto self = weak.lock()) self->run(stream);
   });
 }
@@ -5288,6 +5293,7 @@ COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
   std::vector<std::pair<HubWatchPtr, bool>> watches;  // and whether they overlap
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    stream->seen = highest_;
     for (auto& watch : stream->unconfirmed) watches.emplace_back(watch, watch->overlap);
   }
   std::string body;
@@ -5354,7 +5360,8 @@ COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
     watch = std::move(stream->unconfirmed.front());
     stream->unconfirmed.pop_front();
     all = stream->unconfirmed.empty();
-    stream->reset = stream->reset || (line.revision > 0 && line.revision < highest_);
+    stream->reset = stream->reset || (line.revision > 0 && line.revision < stream->seen);
+    if (line.revision >= watch->born_below) watch->born_below = 0;
     if (!line.canceled) watch->logged_in_again = false;
     watch->confirmed = true;
     confirmed_.notify_all();
@@ -5413,7 +5420,7 @@ COORDINATION_API void WatchHub::on_confirmed(const HubStreamPtr& stream) {
     waits = !waiting_.empty();
   }
   if (reset) {
-    client->executor->background->post([weak = weak_from_this(), stream] {
+    client->executor->run(client->executor->background, [weak = weak_from_this(), stream] {
       if (auto self = weak.lock()) self->check_history(stream);
     });
   }
@@ -5670,10 +5677,10 @@ COORDINATION_API void WatchHub::look_after_streams() {
   if (!client) return;
   give_up_unconfirmed();
   for (auto& entry : silent_streams()) {
-    client->executor->background->post(
-        [weak = weak_from_this(), member = entry.first, streams = entry.second] {
-          if (auto self = weak.lock()) self->check(member, streams);
-        });
+    auto check = [weak = weak_from_this(), member = entry.first, streams = entry.second] {
+      if (auto self = weak.lock()) self->check(member, streams);
+    };
+    client->executor->run(client->executor->background, check);
   }
 }
 
@@ -5738,11 +5745,11 @@ COORDINATION_API void WatchHub::check(std::size_t member,
 COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
   auto client = client_.lock();
   if (!client) return;
-  const auto seen = highest_.load();
+  auto seen = highest_.load();
   RangeRequest range;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->watches.empty()) return;
+    if (stream->over || stream->watches.empty()) return;
     auto& request = stream->watches.begin()->second->request;
     range.key = request.key;
     range.range_end = request.range_end;
@@ -5751,18 +5758,30 @@ COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
   range.keys_only = true;
   auto now = client->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read,
                                         Context::with_timeout(milliseconds(1000)));
-  if (!now) return stream->ctx.cancel();  // it will be looked at again on the next stream
-  if (now->revision >= seen) return;
-  highest_ = now->revision;
+  if (!now) {
+    auto& executor = *client->executor;
+    auto again = [weak = weak_from_this(), stream] {
+      if (auto self = weak.lock()) self->check_history(stream);
+    };
+    return executor.run_at(steady_clock::now() + milliseconds(500), executor.background, again);
+  }
+  bool is_another = now->revision < seen && highest_.compare_exchange_strong(seen, now->revision);
+  if (is_another) begin_anew(now->revision);
+}
+
+/// All watches that follow the old history, of which the new one is at `revision`.
+COORDINATION_API void WatchHub::begin_anew(std::int64_t revision) {
   std::vector<HubWatchPtr> watches;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& entry : watches_) {
-      if (entry.second->anchored) watches.push_back(entry.second);
+      auto& watch = entry.second;
+      bool is_new = watch->born_below > 0 && watch->next_revision <= revision + 1;
+      if (watch->anchored && !is_new) watches.push_back(watch);
     }
   }
   for (auto& watch : watches) {
-    end_watch(watch, [rev = now->revision](HubSink& sink) { sink.history_lost(rev); });
+    end_watch(watch, [revision](HubSink& sink) { sink.history_lost(revision); });
   }
 }
 
@@ -6028,11 +6047,9 @@ COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
 
 COORDINATION_API void RangeFeed::resync_later(milliseconds delay) {
   if (stopped_) return;
-  auto background = client_->executor->background;
-  client_->executor->timer.after(delay, [weak = weak_from_this(), background] {
-    background->post([weak] {
-      if (auto self = weak.lock()) self->resync();
-    });
+  auto& executor = *client_->executor;
+  executor.run_at(steady_clock::now() + delay, executor.background, [weak = weak_from_this()] {
+    if (auto self = weak.lock()) self->resync();
   });
 }
 
@@ -6575,8 +6592,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   bool ready() override { return true; }
   void progress(std::int64_t) override {}
   void compacted(std::int64_t) override {
-    auto background = client->executor->background;
-    background->post([weak = weak_from_this()] {
+    client->executor->run(client->executor->background, [weak = weak_from_this()] {
       if (auto self = weak.lock()) self->look_again();
     });
   }
@@ -7367,16 +7383,21 @@ class Registration : public std::enable_shared_from_this<Registration> {
       : client_(std::move(client)), key_(std::move(key)),
         strand_(std::make_shared<Strand>(client_->executor->callbacks, client_->log)) {}
 
-  /// Makes the record, or replaces it in one step. False: this registration had ended before.
-  Result<bool> set(ServiceInfo service, RegisterOptions options, const Context& ctx) {
+  using Change = std::function<void(ServiceInfo&, RegisterOptions&)>;
+
+  /// Makes the record, or replaces it in one step. False: this registration had ended before, or,
+  /// where it may not be `made`, there is none of ours to be changed.
+  Result<bool> set(const Change& change, bool made, const Context& ctx) {
     if (!turnstile_.enter(ctx)) return context_error(ctx, "the service was not registered");
     auto done = Result<bool>(false);
-    if (!ended_) {
+    if (!ended_ && (made || (owned() && !replaced_))) {
+      auto [service, options] = present();
+      change(service, options);
       auto set = set_in_turn(std::move(service), std::move(options), ctx);
       if (!set && !owned()) ended_ = true;  // it never came to be
       done = set ? Result<bool>(true) : set.error();
     }
-    turnstile_.leave();
+    leave_turn();
     return done;
   }
 
@@ -7384,7 +7405,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
   Result<void> end(const Context& ctx) {
     ended_ = true;
     strand_->close();
-    // A record that is just being made sees that it has ended, and goes; here that is waited for.
+    // What is just being made sees that it has ended, and goes (leave_turn); here it is waited for.
     bool in_turn = turnstile_.enter(ctx);
     auto done = in_turn ? end_in_turn(ctx) : context_error(ctx, key_ + " may still be there", "",
                                                            Outcome::MaybeApplied);
@@ -7395,13 +7416,6 @@ class Registration : public std::enable_shared_from_this<Registration> {
   /// True once it was ended, or never came to be.
   bool ended() const { return ended_; }
 
-  /// What is registered; empty if nothing is.
-  std::optional<std::pair<ServiceInfo, RegisterOptions>> present() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (ended_ || !owned_) return std::nullopt;
-    return std::make_pair(service_, options_);
-  }
-
   /// When the Coordinator closes, which revokes all leases.
   void quit() {
     ended_ = true;
@@ -7409,6 +7423,21 @@ class Registration : public std::enable_shared_from_this<Registration> {
   }
 
  private:
+  std::pair<ServiceInfo, RegisterOptions> present() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return {service_, options_};
+  }
+
+  /// What was ended while it was being made goes now.
+  void leave_turn() {
+    auto ours = ended_ ? owned() : nullptr;
+    if (ours) {
+      static_cast<void>(ours->begin_release());
+      ours->give_up_leases();
+    }
+    turnstile_.leave();
+  }
+
   Result<void> end_in_turn(const Context& ctx) {
     auto owned = swap_owned(nullptr);
     if (!owned) return {};
@@ -7429,12 +7458,12 @@ class Registration : public std::enable_shared_from_this<Registration> {
     txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
     bool repeated = false;
     auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
-    if (repeated) (*lease)->tainted = true;
+    bool maybe = !done && done.error().outcome == Outcome::MaybeApplied;
+    if (repeated || maybe) (*lease)->tainted = true;
     if (!done && same_lease && done.error().code == ErrorCode::NotFound) {
       return set_anew(old, std::move(service), std::move(options), ctx);  // it had died
     }
     if (!done) {
-      bool maybe = done.error().outcome == Outcome::MaybeApplied;
       if (same_lease || (moves && maybe)) return done.error();  // it may hang on either
       if (moves) old->remove_lease(*lease);
       return client_->leases->drop(*lease), done.error();
@@ -7447,6 +7476,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
       service_ = std::move(service);
       options_ = std::move(options);
     }
+    replaced_ = false;
     if (!same_lease) own(*lease, done->revision);
     tell(RegistrationEvent::Registered);
     return {};
@@ -7462,13 +7492,10 @@ class Registration : public std::enable_shared_from_this<Registration> {
   /// The lease, or the key, had gone while it was put once more.
   Result<void> set_anew(const OwnedKeyPtr& old, ServiceInfo service, RegisterOptions options,
                         const Context& ctx) {
-    swap_owned(nullptr);
     static_cast<void>(old->begin_release());
     old->give_up_leases();
     auto done = set_in_turn(std::move(service), std::move(options), ctx);
-    if (done || ended_) return done;
-    swap_owned(old);
-    heal_later(milliseconds(0));  // with what was registered before
+    if (!done && !ended_) heal_later(milliseconds(0));  // with what was registered before
     return done;
   }
 
@@ -7487,7 +7514,6 @@ class Registration : public std::enable_shared_from_this<Registration> {
       old->give_up_leases();
     }
     fresh->begin();
-    if (ended_ && fresh->begin_release()) fresh->give_up_leases();
   }
 
   OwnedKeyPtr owned() {
@@ -7514,7 +7540,8 @@ class Registration : public std::enable_shared_from_this<Registration> {
       std::lock_guard<std::mutex> lock(mutex_);
       if (ended_ || owned_.get() != which) return;
     }
-    if (error.code == ErrorCode::Conflict) return tell(RegistrationEvent::Replaced);
+    replaced_ = error.code == ErrorCode::Conflict;
+    if (replaced_) return tell(RegistrationEvent::Replaced);
     tell(RegistrationEvent::Lost);
     heal_later(milliseconds(0));
   }
@@ -7524,11 +7551,9 @@ class Registration : public std::enable_shared_from_this<Registration> {
       std::lock_guard<std::mutex> lock(mutex_);
       if (options_.heal != HealPolicy::Restore) return;
     }
-    auto background = client_->executor->background;
-    client_->executor->timer.after(delay, [weak = weak_from_this(), background] {
-      background->post([weak] {
-        if (auto self = weak.lock()) self->heal();
-      });
+    auto& executor = *client_->executor;
+    executor.run_at(steady_clock::now() + delay, executor.background, [weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->heal();
     });
   }
 
@@ -7539,7 +7564,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
       return;
     }
     auto healed = heal_in_turn(ctx);
-    turnstile_.leave();
+    leave_turn();
     if (healed) {
       backoff_.reset();
       if (*healed) tell(**healed);
@@ -7553,11 +7578,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
   Result<std::optional<RegistrationEvent>> heal_in_turn(const Context& ctx) {
     auto old = owned();
     if (!old || old->held()) return std::optional<RegistrationEvent>();  // set() was faster
-    ServiceInfo service;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      service = service_;
-    }
+    auto service = present().first;
     auto lease = client_->leases->grant(service.ttl, ctx);
     if (!lease) return lease.error();
     old->remember({(*lease)->id});
@@ -7568,6 +7589,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
       own(*lease, *revision);
     } else {
       client_->leases->drop(*lease);
+      replaced_ = true;
       event = RegistrationEvent::Replaced;
     }
     return std::optional<RegistrationEvent>(event);
@@ -7599,6 +7621,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
   std::shared_ptr<Strand> strand_;
   Turnstile turnstile_;
   std::atomic<bool> ended_{false};
+  std::atomic<bool> replaced_{false};  // by somebody else's record
   std::mutex mutex_;
   ServiceInfo service_;
   RegisterOptions options_;
@@ -7737,9 +7760,13 @@ COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo serv
   if (client->closing) return detail::closed_error();
   auto key = state_->path("/services/", service.name) + "/" + service.id;
   auto bounded = client->bounded(ctx);
+  auto replace = [&](ServiceInfo& old_service, RegisterOptions& old_options) {
+    old_service = service;
+    old_options = options;
+  };
   while (!client->closing) {
     auto registration = state_->registry->get(client, key, service.id);
-    auto done = registration->set(service, options, bounded);
+    auto done = registration->set(replace, true, bounded);
     state_->registry->forget_if_ended(key, registration);
     if (!done) return done.error();
     if (*done) return {};
@@ -7759,15 +7786,13 @@ COORDINATION_API Result<void> ServiceRegistry::update(std::string id,
   auto valid = detail::validate_segment(id, "id");
   if (!valid) return valid;
   if (state_->client->closing) return detail::closed_error();
+  valid = detail::validate_service({id, "name", "address", 1, metadata});
+  if (!valid) return valid;
   auto bounded = state_->client->bounded(ctx);
+  auto replace = [&](ServiceInfo& service, RegisterOptions&) { service.metadata = metadata; };
   bool found = false;
   for (auto& registration : state_->registry->find(id)) {
-    auto present = registration->present();
-    if (!present) continue;
-    present->first.metadata = metadata;
-    valid = detail::validate_service(present->first);
-    if (!valid) return valid;
-    auto done = registration->set(std::move(present->first), std::move(present->second), bounded);
+    auto done = registration->set(replace, false, bounded);
     if (!done) return done.error();
     found = found || *done;
   }
@@ -8365,6 +8390,7 @@ struct Globals {
   CoordinatorOptions options{default_coordinator_options()};
   std::shared_ptr<Coordinator> coordinator;
   std::optional<Context> connecting;  // of the one who makes it; the others wait
+  std::uint64_t attempts{0};          // to make one
 };
 
 COORDINATION_API Globals& globals() {
@@ -8409,6 +8435,7 @@ COORDINATION_API Result<std::shared_ptr<Coordinator>> default_coordinator(Contex
     found = globals.coordinator;
     if (found) return true;
     globals.connecting = mine;
+    ++globals.attempts;
     options = globals.options;
     return true;
   };
@@ -8429,11 +8456,16 @@ COORDINATION_API Result<std::shared_ptr<Coordinator>> default_coordinator(Contex
 COORDINATION_API Result<void> close() {
   std::shared_ptr<Coordinator> coordinator;
   auto& globals = detail::globals();
+  std::uint64_t attempt = 0;
   {
     std::lock_guard<std::mutex> lock(globals.gate.mutex);
     if (globals.connecting) globals.connecting->cancel();
+    attempt = globals.attempts;
     coordinator.swap(globals.coordinator);
   }
+  globals.gate.wait(Context::with_timeout(milliseconds(500)), [&] {
+    return !globals.connecting || globals.attempts != attempt;
+  });
   if (!coordinator) return {};
   return coordinator->close();
 }

@@ -63,6 +63,7 @@ class TcpProxy {
     command([this, on] {
       if (on) {
         close_all(true);
+        if (listener_ >= 0) shutdown(listener_, SHUT_RDWR);  // at once, though it is being polled
         if (listener_ >= 0) close(listener_);
         listener_ = -1;
       } else if (listener_ < 0) {

@@ -144,11 +144,11 @@ TEST_CASE("lease: its time counts from when the renewal was sent, not from its a
   s.tap->after([&](const HttpRequest& request) {
     if (request.path == "/v3/lease/grant" || request.path == kKeepAlive) s.etcd->advance(2s);
   });
-  auto lease = s.grant();
+  auto lease = s.grant(30s);       // so long that it is not renewed in between
   CHECK(lease.keep_alive_once());  // sent at 2 s, and answered at 4 s
   s.tap->after(nullptr);
   s.cut_off("one");
-  s.etcd->advance(6999ms);
+  s.etcd->advance(27999ms);
   CHECK(lease.held());
   s.etcd->advance(1ms);
   CHECK_FALSE(lease.held());

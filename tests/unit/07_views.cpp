@@ -202,6 +202,28 @@ TEST_CASE("views: a quiet one notices, too, that etcd has come back empty") {
   CHECK(eventually([&] { return quiet.keys() == Strings{"a/new"}; }));
 }
 
+TEST_CASE("views: a watch that begins in the new history misses nothing, and is told of no loss") {
+  Setup s;
+  auto old = s.c.config().view("a").value();
+  CHECK(eventually([&] { return old.connected(); }));
+  for (int i = 0; i < 50; ++i) s.d.config().set("a/k", i).value();
+  CHECK(eventually([&] { return old.revision() == s.etcd->revision(); }));
+  std::atomic<bool> cut{true};
+  s.tap->lose_if([&](const HttpRequest& request) { return cut && request.path == "/v3/watch"; });
+  s.etcd->restart_empty();
+  auto e = s.connect("three");
+  e.config().set("a/new", 1).value();
+  WatchRequest request;
+  request.key = "/config/a/new";
+  auto young = s.c.client().watch(request).value();
+  cut = false;
+  CHECK(eventually([&] { return old.keys() == Strings{"a/new"}; }));
+  e.config().set("a/new", 2).value();
+  const auto event = young.next(Context::with_timeout(lenient(3s)));
+  REQUIRE_MESSAGE(event, text_of(event));
+  CHECK(event->kv.value == "2");
+}
+
 TEST_CASE("views: wait_for is told also where the difference is nothing") {
   Setup s;
   s.add("a");

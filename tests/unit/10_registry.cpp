@@ -1,6 +1,8 @@
 // Section 10: registration and discovery, on an etcd in memory whose time the tests move.
 #include <doctest/doctest.h>
 
+#include <future>
+
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
 
@@ -301,6 +303,51 @@ TEST_CASE("registry: replaced twice without an answer it is still there, and the
   while (event == "PUT w1:2") event = next(watch);  // it was sent as often as its answer was lost
   CHECK(event == "PUT w1:4");
   CHECK(next(watch) == "DELETE w1:4");
+}
+
+TEST_CASE("registry: unregistered while it was being replaced, with less time: gone all the same") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1)));
+  std::promise<void> go;
+  std::atomic<bool> waits{false};
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path != "/v3/kv/txn" || waits.exchange(true)) return;
+    go.get_future().wait();
+  });
+  Joined replacing([&] { static_cast<void>(s.c.registry().register_service(web("w1", 2))); });
+  CHECK(eventually([&] { return waits.load(); }));
+  check_code(s.c.registry().unregister("w1", Context::with_timeout(10ms)), ErrorCode::Timeout);
+  go.set_value();
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+  CHECK(s.ids().empty());
+}
+
+TEST_CASE("registry: a put that may arrive late does not undo a later one") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1)));
+  HttpRequest late;
+  s.tap->lose_if([&](const HttpRequest& request) {
+    if (request.path != "/v3/kv/txn") return false;
+    late = request;
+    return true;
+  });
+  check_code(s.c.registry().register_service(web("w1", 2)), ErrorCode::Connection);
+  s.tap->lose_if(nullptr);
+  CHECK(s.c.registry().register_service(web("w1", 3)));
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+  static_cast<void>(s.etcd->perform(late, nullptr, {}));
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 3)});
+}
+
+TEST_CASE("registry: update leaves alone what somebody else has replaced") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  CHECK(s.d.registry().register_service(web("w1", 2)));
+  CHECK(eventually([&] { return s.notes.size() == 2; }));  // REPLACED
+  check_code(s.c.registry().update("w1", {{"x", "y"}}), ErrorCode::NotFound);
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+  CHECK(s.c.registry().register_service(web("w1", 3), s.noted()));
+  CHECK(s.c.registry().update("w1", {{"x", "y"}}));
 }
 
 TEST_CASE("registry: update replaces the metadata in one step") {

@@ -102,9 +102,9 @@ TEST_CASE("globals: the first use, too, ends with its Context, and at close()") 
   CHECK(eventually([&] { return mute->count() >= 2; }));
   const Stopwatch stopwatch;
   CHECK(coordination::close());
+  CHECK(set_default_options(default_coordinator_options()));  // there is none in use any more
   CHECK(eventually([&] { return ended.load(); }));
   CHECK(stopwatch.elapsed() < lenient(250ms));
-  CHECK(set_default_options(default_coordinator_options()));
 }
 
 TEST_CASE("globals: locks") {
