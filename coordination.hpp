@@ -1615,8 +1615,8 @@ class HandlerWaits {
  public:
   static HandlerWaits& all() {
     // Never destroyed: a Coordinator that is static may close after everything else.
-    static HandlerWaits& waits = *std::make_unique<HandlerWaits>().release();
-    return waits;
+    static HandlerWaits* const kWaits = std::make_unique<HandlerWaits>().release();  // NOLINT
+    return *kWaits;
   }
 
   /// False: `other` waits for the calling thread, directly or not.
@@ -2507,7 +2507,7 @@ class Lines {
       piece.remove_prefix(end + 1);
       std::string whole;
       whole.swap(rest_);
-      if (!whole.empty() && !line(std::string_view(whole))) return false;
+      if (!whole.empty() && !line(std::string_view{whole})) return false;
     }
     rest_.append(piece);
     return true;
@@ -2518,7 +2518,7 @@ class Lines {
   void finish(Fn&& line) {
     std::string whole;
     whole.swap(rest_);
-    if (!whole.empty()) line(std::string_view(whole));
+    if (!whole.empty()) line(std::string_view{whole});
   }
 
  private:
@@ -2667,30 +2667,30 @@ struct Refusal {
 };
 
 namespace refused {
-inline constexpr Refusal bad_json{400, 3, "proto: syntax error, or a field of the wrong type"};
-inline constexpr Refusal empty_key{400, 3, "etcdserver: key is not provided"};
-inline constexpr Refusal empty_user{400, 3, "etcdserver: user name is empty"};
-inline constexpr Refusal key_not_found{400, 3, "etcdserver: key not found"};
-inline constexpr Refusal value_given{400, 3, "etcdserver: value is provided"};
-inline constexpr Refusal lease_given{400, 3, "etcdserver: lease is provided"};
-inline constexpr Refusal duplicate_key{400, 3, "etcdserver: duplicate key given in txn request"};
-inline constexpr Refusal too_many_ops{400, 3, "etcdserver: too many operations in txn request"};
-inline constexpr Refusal too_large{400, 3, "etcdserver: request is too large"};
-inline constexpr Refusal far_too_large{429, 8, "grpc: received message larger than max"};
-inline constexpr Refusal wrong_password{
+inline constexpr Refusal kBadJson{400, 3, "proto: syntax error, or a field of the wrong type"};
+inline constexpr Refusal kEmptyKey{400, 3, "etcdserver: key is not provided"};
+inline constexpr Refusal kEmptyUser{400, 3, "etcdserver: user name is empty"};
+inline constexpr Refusal kKeyNotFound{400, 3, "etcdserver: key not found"};
+inline constexpr Refusal kValueGiven{400, 3, "etcdserver: value is provided"};
+inline constexpr Refusal kLeaseGiven{400, 3, "etcdserver: lease is provided"};
+inline constexpr Refusal kDuplicateKey{400, 3, "etcdserver: duplicate key given in txn request"};
+inline constexpr Refusal kTooManyOps{400, 3, "etcdserver: too many operations in txn request"};
+inline constexpr Refusal kTooLarge{400, 3, "etcdserver: request is too large"};
+inline constexpr Refusal kFarTooLarge{429, 8, "grpc: received message larger than max"};
+inline constexpr Refusal kWrongPassword{
     400, 3, "etcdserver: authentication failed, invalid user ID or password"};
-inline constexpr Refusal not_found{404, 5, "Not Found"};
-inline constexpr Refusal lease_not_found{404, 5, "etcdserver: requested lease not found"};
-inline constexpr Refusal denied{403, 7, "etcdserver: permission denied"};
-inline constexpr Refusal lease_exists{400, 9, "etcdserver: lease already exists"};
-inline constexpr Refusal auth_is_off{400, 9, "etcdserver: authentication is not enabled"};
-inline constexpr Refusal compacted{400, 11,
+inline constexpr Refusal kNotFound{404, 5, "Not Found"};
+inline constexpr Refusal kLeaseNotFound{404, 5, "etcdserver: requested lease not found"};
+inline constexpr Refusal kDenied{403, 7, "etcdserver: permission denied"};
+inline constexpr Refusal kLeaseExists{400, 9, "etcdserver: lease already exists"};
+inline constexpr Refusal kAuthIsOff{400, 9, "etcdserver: authentication is not enabled"};
+inline constexpr Refusal kCompacted{400, 11,
                                    "etcdserver: mvcc: required revision has been compacted"};
-inline constexpr Refusal future{400, 11,
+inline constexpr Refusal kFuture{400, 11,
                                 "etcdserver: mvcc: required revision is a future revision"};
-inline constexpr Refusal ttl_too_large{400, 11, "etcdserver: too large lease TTL"};
-inline constexpr Refusal no_leader{503, 14, "etcdserver: no leader"};
-inline constexpr Refusal bad_token{401, 16, "etcdserver: invalid auth token"};
+inline constexpr Refusal kTtlTooLarge{400, 11, "etcdserver: too large lease TTL"};
+inline constexpr Refusal kNoLeader{503, 14, "etcdserver: no leader"};
+inline constexpr Refusal kBadToken{401, 16, "etcdserver: invalid auth token"};
 }  // namespace refused
 
 // Requests and answers that Part B has no struct for.
@@ -2817,7 +2817,7 @@ COORDINATION_API void decode(const Json& json, Compare& to) {
   to.range_end = bytes(json, "range_end");
   to.is = Compare::Is(choice(member(json, "result"), {"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}));
   const int target = choice(member(json, "target"), {"VERSION", "CREATE", "MOD", "VALUE", "LEASE"});
-  to.target = Compare::Target(target);
+  to.target = static_cast<Compare::Target>(target);
   to.bytes = bytes(json, "value");
   if (target >= 0 && target < 5) to.number = number(json, kFields[target]);
 }
@@ -3185,7 +3185,7 @@ class SocketTap {
  private:
   static constexpr socket_t kNone = static_cast<socket_t>(-1);
 
-  void shut() {
+  void shut() const {
     if (socket_ == kNone) return;
 #if defined(_WIN32)
     ::shutdown(socket_, SD_BOTH);
@@ -3247,7 +3247,7 @@ COORDINATION_API HostPort split_endpoint(const std::string& endpoint) {
   result.tls = endpoint.compare(0, 8, "https://") == 0;
   auto rest = endpoint.substr(result.tls ? 8 : 7);
   auto colon = rest.rfind(':');
-  result.port = std::atoi(rest.c_str() + colon + 1);
+  result.port = static_cast<int>(std::strtol(rest.c_str() + colon + 1, nullptr, 10));
   bool bracketed = rest.front() == '[';
   result.host = bracketed ? rest.substr(1, colon - 2) : rest.substr(0, colon);
   return result;
@@ -3481,7 +3481,7 @@ COORDINATION_API std::string normal_endpoint(std::string endpoint, bool tls) {
   if (host.find_first_of(bad) != std::string::npos) return {};
   if (port.empty() || port.size() > 5) return {};
   if (port.find_first_not_of("0123456789") != std::string::npos) return {};
-  int value = std::atoi(port.c_str());
+  auto value = std::strtol(port.c_str(), nullptr, 10);
   if (value < 1 || value > 65535) return {};
   return scheme + host + ":" + std::to_string(value);
 }
@@ -4260,7 +4260,7 @@ struct LeaseState {
     auto granted = std::chrono::seconds((std::min)(seconds, longest));
     ttl_ms = milliseconds(granted).count();
     auto until = sent + granted;
-    std::int64_t ns = std::chrono::nanoseconds(until.time_since_epoch()).count();
+    std::int64_t ns = std::chrono::nanoseconds{until.time_since_epoch()}.count();
     auto before = deadline_ns.load();
     while (ns > before && !deadline_ns.compare_exchange_weak(before, ns)) {
     }
@@ -4605,6 +4605,7 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
 COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(
     ClientState& client, const std::vector<LeasePtr>& batch) {
   std::vector<std::pair<SteadyTime, LeasePtr>> urgent;
+  urgent.reserve(batch.size());
   for (auto& lease : batch) urgent.emplace_back(lease->deadline(), lease);
   std::sort(urgent.begin(), urgent.end());
   const auto end = steady_clock::now() + attempt_limit();
@@ -4649,6 +4650,7 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
   lines.finish(line);
   if (reached) *reached = end || !is_out_of_reach(end.error());
   std::vector<LeasePtr> left;
+  left.reserve(waiting.size());
   for (auto& entry : waiting) left.push_back(entry.second);
   if (left.empty() || client.open.cancelled()) return left;
   (*client.log)(LogLevel::Warn, "leases were not renewed",
@@ -5811,7 +5813,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       : client_(std::move(client)), request_(std::move(request)), mode_(mode) {}
 
   Result<void> start(const std::shared_ptr<EventPort>& port, bool include_existing,
-                     const Context& ctx);
+                     const Context& given);
   void resume() { client_->watches->resume(hub_id()); }
   void stop() {
     stopped_ = true;
@@ -6418,7 +6420,7 @@ COORDINATION_API Result<void> validate_key(const std::string& key, const char* w
   std::size_t begin = 0;
   while (true) {
     auto end = (std::min)(key.find('/', begin), key.size());
-    auto segment = std::string_view(key).substr(begin, end - begin);
+    std::string_view segment = std::string_view{key}.substr(begin, end - begin);
     if (segment.empty()) {
       return invalid(std::string("the ") + what + " \"" + key + "\" has an empty segment");
     }
@@ -6775,7 +6777,7 @@ class Contender {
         value_(std::move(value)), ttl_(ttl) {}
 
   Result<OwnedKeyPtr> acquire(const Context& ctx);
-  Result<OwnedKeyPtr> try_acquire(const Context& ctx);
+  Result<OwnedKeyPtr> try_acquire(const Context& given);
 
  private:
   static constexpr std::chrono::seconds kPatience{15};
@@ -6792,8 +6794,8 @@ class Contender {
   Result<Turn> enter_if_free(const Context& ctx);
   Result<Turn> look(const Context& ctx);
   Result<Turn> wait(const Turn& turn, const Context& ctx);
-  bool hidden(const std::vector<KeyValue>& earlier);
-  Turn judge(const std::vector<KeyValue>& earlier) const;
+  bool hidden(const std::vector<KeyValue>& keys);
+  Turn judge(const std::vector<KeyValue>& keys) const;
   RangeRequest earlier_keys() const;
   std::string watch_body(const Turn& turn) const;
   Result<Turn> wait_on_stream(const Turn& turn, const Context& ctx);
@@ -8555,27 +8557,27 @@ inline constexpr std::size_t kMaxTxnOps = 128;
 using TxnPtr = std::shared_ptr<const Txn>;
 
 COORDINATION_API MaybeRefusal check_op(const RangeRequest& request, std::size_t) {
-  return request.key.empty() ? MaybeRefusal(refused::empty_key) : std::nullopt;
+  return request.key.empty() ? MaybeRefusal(refused::kEmptyKey) : std::nullopt;
 }
 
 COORDINATION_API MaybeRefusal check_op(const RemoveRequest& request, std::size_t) {
-  return request.key.empty() ? MaybeRefusal(refused::empty_key) : std::nullopt;
+  return request.key.empty() ? MaybeRefusal(refused::kEmptyKey) : std::nullopt;
 }
 
 COORDINATION_API MaybeRefusal check_op(const PutRequest& request, std::size_t) {
-  if (request.key.empty()) return refused::empty_key;
-  if (request.ignore_value && !request.value.empty()) return refused::value_given;
-  if (request.ignore_lease && request.lease != 0) return refused::lease_given;
+  if (request.key.empty()) return refused::kEmptyKey;
+  if (request.ignore_value && !request.value.empty()) return refused::kValueGiven;
+  if (request.ignore_lease && request.lease != 0) return refused::kLeaseGiven;
   return std::nullopt;
 }
 
 COORDINATION_API MaybeRefusal check_op(const TxnPtr& txn, std::size_t budget) {
-  if (!txn) return refused::key_not_found;
+  if (!txn) return refused::kKeyNotFound;
   const std::size_t size =
       (std::max)({txn->compare.size(), txn->success.size(), txn->failure.size()});
-  if (size > budget) return refused::too_many_ops;
+  if (size > budget) return refused::kTooManyOps;
   for (const Compare& compare : txn->compare) {
-    if (compare.key.empty()) return refused::empty_key;
+    if (compare.key.empty()) return refused::kEmptyKey;
   }
 
   for (const auto* ops : {&txn->success, &txn->failure}) {
@@ -8640,8 +8642,8 @@ class TxnWrites {
 
 template <class Request>
 MaybeRefusal check(const Request& request) {
-  constexpr bool is_op = std::is_constructible_v<decltype(Op::request), const Request&>;
-  if constexpr (is_op) return check_op(request, kMaxTxnOps);
+  constexpr bool kIsOp = std::is_constructible_v<decltype(Op::request), const Request&>;
+  if constexpr (kIsOp) return check_op(request, kMaxTxnOps);
   return std::nullopt;
 }
 
@@ -8649,7 +8651,7 @@ COORDINATION_API MaybeRefusal check(const Txn& txn) {
   const TxnPtr unowned(TxnPtr(), &txn);
   if (const MaybeRefusal refusal = check_op(unowned, kMaxTxnOps)) return refusal;
   for (const auto* ops : {&txn.success, &txn.failure}) {
-    if (!TxnWrites().add(*ops)) return refused::duplicate_key;
+    if (!TxnWrites().add(*ops)) return refused::kDuplicateKey;
   }
 
   return std::nullopt;
@@ -8730,14 +8732,14 @@ class Mvcc {
   }
 
   Answer<RangeResponse> range(const RangeRequest& request) const {
-    if (request.revision > revision_) return refused::future;
-    if (request.revision > 0 && request.revision < compacted_) return refused::compacted;
+    if (request.revision > revision_) return refused::kFuture;
+    if (request.revision > 0 && request.revision < compacted_) return refused::kCompacted;
     return apply(request);
   }
 
   Answer<PutResponse> put(const PutRequest& request) {
-    if (lacks_lease(request)) return refused::lease_not_found;
-    if (lacks_key(request)) return refused::key_not_found;
+    if (lacks_lease(request)) return refused::kLeaseNotFound;
+    if (lacks_key(request)) return refused::kKeyNotFound;
     PutResponse response = apply(request);
     finish();
     return response;
@@ -8759,8 +8761,8 @@ class Mvcc {
   }
 
   Answer<EmptyResponse> compact(std::int64_t revision) {
-    if (revision <= compacted_) return refused::compacted;
-    if (revision > revision_) return refused::future;
+    if (revision <= compacted_) return refused::kCompacted;
+    if (revision > revision_) return refused::kFuture;
     compacted_ = revision;
     while (!changes_.empty() && changes_.front().kv->mod_revision < revision) changes_.pop_front();
     for (Change& change : changes_) {
@@ -8780,13 +8782,13 @@ class Mvcc {
   }
 
   Answer<LeaseResponse> grant(GrantRequest request, TimePoint now) {
-    constexpr std::int64_t min_ttl = 2, max_ttl = 9'000'000'000;  // etcd's, with its defaults
-    if (request.ttl > max_ttl) return refused::ttl_too_large;
+    constexpr std::int64_t kMinTtl = 2, kMaxTtl = 9'000'000'000;  // etcd's, with its defaults
+    if (request.ttl > kMaxTtl) return refused::kTtlTooLarge;
     while (request.id == 0 || (request.id == next_lease_ && leases_.count(request.id) != 0)) {
       request.id = ++next_lease_;
     }
-    if (leases_.count(request.id) != 0) return refused::lease_exists;
-    const std::int64_t ttl = (std::max)(request.ttl, min_ttl);
+    if (leases_.count(request.id) != 0) return refused::kLeaseExists;
+    const std::int64_t ttl = (std::max)(request.ttl, kMinTtl);
     const TimePoint expiry = now + std::chrono::seconds(ttl);
     leases_[request.id] = {ttl, expiry, {}};
     expiries_.emplace(expiry, request.id);
@@ -8795,7 +8797,7 @@ class Mvcc {
 
   Answer<EmptyResponse> revoke(std::int64_t id) {
     const auto lease = leases_.find(id);
-    if (lease == leases_.end()) return refused::lease_not_found;
+    if (lease == leases_.end()) return refused::kLeaseNotFound;
     const std::set<std::string> keys = lease->second.keys;
     for (const std::string& key : keys) apply(RemoveRequest{key});
     finish();
@@ -8972,14 +8974,14 @@ class Mvcc {
 
   // In a Txn etcd looks for the key first.
   MaybeRefusal refuse(const PutRequest& request) const {
-    if (lacks_key(request)) return refused::key_not_found;
-    if (lacks_lease(request)) return refused::lease_not_found;
+    if (lacks_key(request)) return refused::kKeyNotFound;
+    if (lacks_lease(request)) return refused::kLeaseNotFound;
     return std::nullopt;
   }
 
   MaybeRefusal refuse(const RangeRequest& request) const {
-    if (request.revision > revision_) return refused::future;
-    if (request.revision != 0 && request.revision < compacted_) return refused::compacted;
+    if (request.revision > revision_) return refused::kFuture;
+    if (request.revision != 0 && request.revision < compacted_) return refused::kCompacted;
     return std::nullopt;
   }
 
@@ -9163,8 +9165,8 @@ COORDINATION_API Error ended_error(const Context& ctx, const HttpRequest& reques
 
 COORDINATION_API HttpResponse no_leader_response(const HttpRequest& request) {
   const bool stream = request.path == "/v3/watch" || request.path == "/v3/lease/keepalive";
-  return {refused::no_leader.status,
-          stream ? error_line(refused::no_leader) : error_body(refused::no_leader)};
+  return {refused::kNoLeader.status,
+          stream ? error_line(refused::kNoLeader) : error_body(refused::kNoLeader)};
 }
 
 /// Gives the body of a good answer to the sink, if there is one.
@@ -9312,7 +9314,7 @@ class Store {
 
   HttpResponse answer(const HttpRequest& request) {
     using Handler = HttpResponse (Store::*)(const HttpRequest&);
-    static const std::map<std::string, Handler> routes{
+    static const std::map<std::string, Handler> kRoutes{
         {"/v3/kv/range", &Store::route<RangeRequest>},
         {"/v3/kv/put", &Store::route<PutRequest>},
         {"/v3/kv/deleterange", &Store::route<RemoveRequest>},
@@ -9325,8 +9327,8 @@ class Store {
         {"/v3/lease/keepalive", &Store::keep_alive},
         {"/v3/auth/authenticate", &Store::route<LoginRequest>},
         {"/v3/maintenance/status", &Store::route<StatusRequest>}};
-    const auto it = routes.find(request.path);
-    if (it == routes.end()) return {404, error_body(refused::not_found)};
+    const auto it = kRoutes.find(request.path);
+    if (it == kRoutes.end()) return {404, error_body(refused::kNotFound)};
     return (this->*it->second)(request);
   }
 
@@ -9337,10 +9339,10 @@ class Store {
     };
     // etcd's limits are on its own encoding, which is about as long as the bytes in base64.
     const std::size_t size = request.body.size() / 4 * 3;
-    if (size > 2u << 20) return respond(refused::far_too_large);
-    if (size > 3u << 19) return respond(refused::too_large);
+    if (size > 2u << 20) return respond(refused::kFarTooLarge);
+    if (size > 3u << 19) return respond(refused::kTooLarge);
     const auto body = decode_body<Request>(request.body);
-    if (!body) return respond(refused::bad_json);
+    if (!body) return respond(refused::kBadJson);
     if (const MaybeRefusal refusal = refuse(request, *body)) return respond(*refusal);
     const auto reply = handle(*body);
     if (auto* refusal = std::get_if<Refusal>(&reply)) return respond(*refusal);
@@ -9367,16 +9369,16 @@ class Store {
     if (std::is_same_v<Request, LoginRequest>) return std::nullopt;
     const Answer<Caller> caller = identify(request);
     if (auto* refusal = std::get_if<Refusal>(&caller)) return *refusal;
-    return std::get_if<Caller>(&caller)->may(body) ? std::nullopt : MaybeRefusal(refused::denied);
+    return std::get_if<Caller>(&caller)->may(body) ? std::nullopt : MaybeRefusal(refused::kDenied);
   }
 
   Answer<Caller> identify(const HttpRequest& request) const {
     if (!accounts_.on) return Caller(mvcc_, nullptr);
     const auto is_token = [](const auto& header) { return header.first == "Authorization"; };
     const auto header = std::find_if(request.headers.begin(), request.headers.end(), is_token);
-    if (header == request.headers.end()) return refused::empty_user;
+    if (header == request.headers.end()) return refused::kEmptyUser;
     const auto token = accounts_.tokens.find(header->second);
-    if (token == accounts_.tokens.end()) return refused::bad_token;
+    if (token == accounts_.tokens.end()) return refused::kBadToken;
     return Caller(mvcc_, &accounts_.users.at(token->second));
   }
 
@@ -9417,10 +9419,10 @@ class Store {
   }
 
   Answer<LoginResponse> handle(const LoginRequest& request) {
-    if (!accounts_.on) return refused::auth_is_off;
+    if (!accounts_.on) return refused::kAuthIsOff;
     const auto user = accounts_.users.find(request.name);
     if (user == accounts_.users.end() || user->second.password != request.password) {
-      return refused::wrong_password;
+      return refused::kWrongPassword;
     }
     const std::string token = "memory." + std::to_string(++accounts_.issued);
     accounts_.tokens[token] = request.name;
@@ -9497,11 +9499,11 @@ class Store {
       return watch_reason(*refusal);
     }
     if (!std::get_if<Caller>(&caller)->may(create.key, create.range_end)) {
-      return watch_reason(refused::denied);
+      return watch_reason(refused::kDenied);
     }
     const bool whole = create.range_end.empty() || create.range_end == std::string(1, '\0');
     if (!whole && create.range_end <= create.key) return "mvcc: watcher range is empty";
-    if (create.start_revision < 0) return refused::compacted.message;
+    if (create.start_revision < 0) return refused::kCompacted.message;
     if (create.id != 0 && stream.watchers.count(create.id) != 0) {
       return "mvcc: duplicate watch ID provided on the WatchStream";
     }
@@ -9510,7 +9512,7 @@ class Store {
 
   /// Sends what has happened since the start revision, in lines of at most 1000 revisions.
   void replay(const Watcher& watcher) {
-    constexpr int max_revisions = 1000;
+    constexpr int kMaxRevisions = 1000;
     const WatchCreate& watch = watcher.request;
     StreamLine line;
     line.revision = mvcc_.revision();
@@ -9520,7 +9522,7 @@ class Store {
     std::int64_t last = 0;
     mvcc_.changes_since(watch.start_revision, [&](const Change& change) {
       if (!wants(watch, change)) return;
-      if (change.kv->mod_revision != last && ++revisions > max_revisions) {
+      if (change.kv->mod_revision != last && ++revisions > kMaxRevisions) {
         watcher.stream->lines.push_back(line);
         line.changes.clear();
         revisions = 1;
@@ -9605,7 +9607,7 @@ class Store {
       if (stream.lines.empty()) stream.lines.push_back({mvcc_.revision(), -1});
       const std::string line = write_line(stream.lines.front());
       lock.unlock();
-      stream.sink(std::string_view(line).substr(0, line.size() / 2));
+      stream.sink(std::string_view{line}.substr(0, line.size() / 2));
       lock.lock();
     }
     return lost_error(stream.request);
