@@ -74,9 +74,10 @@ class Assassin {
     stop_ = true;
     if (thread_.joinable()) thread_.join();
   }
-  bool has_hit(std::int64_t token) {
+  /// This lock, or an earlier one with the same lease: the blow may have come after that was kept.
+  bool has_hit(const Lock& lock) {
     std::lock_guard<std::mutex> hold(mutex_);
-    return hit_.count(token) > 0;
+    return hit_.count(lock.fencing_token()) > 0 || hit_keys_.count(lock.key()) > 0;
   }
   std::size_t hits() {
     std::lock_guard<std::mutex> hold(mutex_);
@@ -93,6 +94,7 @@ class Assassin {
       {
         std::lock_guard<std::mutex> hold(mutex_);
         hit_.insert(victim.create_revision);
+        hit_keys_.insert(victim.key);
       }
       if (random_() % 2 == 0) {
         onlooker_.gateway.revoke(victim.lease);
@@ -106,6 +108,7 @@ class Assassin {
   std::mt19937 random_;
   std::mutex mutex_;
   std::set<std::int64_t> hit_;
+  std::set<std::string> hit_keys_;
   std::atomic<bool> stop_{false};
   std::thread thread_;
 };
@@ -156,7 +159,7 @@ void chaos_worker(Coordinator& client, Chaos& chaos, unsigned seed, int rounds) 
     ++chaos.got;
     const auto token = lock->fencing_token();
     chaos.diary.enter(token);
-    if (!onlooker.has(lock->key(), token) && !chaos.assassin->has_hit(token)) ++chaos.ghosts;
+    if (!onlooker.has(lock->key(), token) && !chaos.assassin->has_hit(*lock)) ++chaos.ghosts;
     std::this_thread::sleep_for(std::chrono::microseconds(random() % 2000));
     chaos.diary.leave(token);
     if (lock->held()) {
