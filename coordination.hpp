@@ -1551,6 +1551,13 @@ COORDINATION_API bool pause(const Context& ctx, milliseconds time) {
   return !ctx.done();
 }
 
+/// Raises `to` to `value`, unless it is as high already.
+COORDINATION_API void raise_to(std::atomic<std::int64_t>& to, std::int64_t value) {
+  auto before = to.load();
+  while (value > before && !to.compare_exchange_weak(before, value)) {
+  }
+}
+
 COORDINATION_API std::mt19937_64& random_engine() {
   struct Seeded {
     std::mt19937_64 engine;
@@ -3758,6 +3765,10 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
     return join_contexts({&ctx}, steady_clock::now() + options.timeout);
   }
 
+  /// One request to one member. A transport that overruns the deadline of `ctx`, which must be this
+  /// request's own, is cancelled.
+  Result<HttpResponse> perform(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
+
   /// One streaming request to one member; the caller repeats it. Success: the stream ended well.
   Result<void> stream(const char* path, std::string body, const ChunkSink& sink,
                       const Context& ctx, StreamPlace* place = nullptr, bool close = true);
@@ -3839,13 +3850,8 @@ struct Attempts {
     }
     auto member = client.members->choose();
     auto context = client.attempt_context(ctx, deadline, safety);
-    // A transport that overruns its deadline is cancelled.
-    auto late = context.deadline().value_or(deadline) + milliseconds(20);
-    auto watchdog = client.executor->timer.at(late, [context] { context.cancel(); });
     auto sent = steady_clock::now();
-    auto response = client.transport->perform(client.request(member, path, body, token), nullptr,
-                                              context);
-    client.executor->timer.cancel(watchdog);
+    auto response = client.perform(client.request(member, path, body, token), nullptr, context);
     bool served = response && response->status == 200 && accept(response->body);
     if (served) {
       client.members->succeeded(member);
@@ -3952,6 +3958,17 @@ COORDINATION_API HttpRequest ClientState::request(std::size_t member, const char
   return request;
 }
 
+COORDINATION_API Result<HttpResponse> ClientState::perform(const HttpRequest& http,
+                                                           const ChunkSink& sink,
+                                                           const Context& ctx) {
+  if (!ctx.deadline()) return transport->perform(http, sink, ctx);
+  auto late = *ctx.deadline() + milliseconds(20);
+  auto watchdog = executor->timer.at(late, [ctx] { ctx.cancel(); });
+  auto response = transport->perform(http, sink, ctx);
+  executor->timer.cancel(watchdog);
+  return response;
+}
+
 COORDINATION_API Result<void> ClientState::stream(const char* path, std::string body,
                                                   const ChunkSink& sink, const Context& ctx,
                                                   StreamPlace* place, bool close) {
@@ -3969,13 +3986,7 @@ COORDINATION_API Result<void> ClientState::stream(const char* path, std::string 
     place->token = token->generation;
   }
   Context context = join_contexts({&ctx, &open});
-  auto watchdog = Timer::Id{};
-  if (context.deadline()) {
-    auto late = *context.deadline() + milliseconds(20);
-    watchdog = executor->timer.at(late, [context] { context.cancel(); });
-  }
-  auto response = transport->perform(http, sink, context);
-  if (context.deadline()) executor->timer.cancel(watchdog);
+  auto response = perform(http, sink, context);
   if (response && response->status == 200) {
     if (!place || !place->refused) members->succeeded(member);
     return {};
@@ -4011,11 +4022,8 @@ COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit)
   auto context = join_contexts({&open}, steady_clock::now() + limit);
   auto token = log_in(context);
   if (!token) return false;
-  auto late = steady_clock::now() + limit + milliseconds(20);
-  auto watchdog = executor->timer.at(late, [context] { context.cancel(); });
-  auto response = transport->perform(
-      request(member, "/v3/kv/range", wire::body(range), token->token), nullptr, context);
-  executor->timer.cancel(watchdog);
+  auto response = perform(request(member, "/v3/kv/range", wire::body(range), token->token),
+                          nullptr, context);
   bool serves = response && (response->status / 100 == 2 || response->status / 100 == 4);
   if (!serves && !open.cancelled()) {
     member_failed(member, response ? make_error(ErrorCode::Unavailable, "it does not serve")
@@ -4260,10 +4268,7 @@ struct LeaseState {
     auto granted = std::chrono::seconds((std::min)(seconds, longest));
     ttl_ms = milliseconds(granted).count();
     auto until = sent + granted;
-    std::int64_t ns = std::chrono::nanoseconds{until.time_since_epoch()}.count();
-    auto before = deadline_ns.load();
-    while (ns > before && !deadline_ns.compare_exchange_weak(before, ns)) {
-    }
+    raise_to(deadline_ns, std::chrono::nanoseconds{until.time_since_epoch()}.count());
   }
 
   void set_hook(std::function<void(const Error&)> fn) {
@@ -5064,7 +5069,6 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static std::vector<WatchEvent> whole_events(const HubStreamPtr& stream, wire::WatchLine& line);
   static bool pass_on(HubWatch& watch, HubSink& sink, std::vector<WatchEvent> events);
   void waste(const HubStreamPtr& stream, const wire::WatchLine& line);
-  void saw(std::int64_t revision);
   HubWatchPtr find(const HubStreamPtr& stream, std::int64_t id);
   void end_watch(const HubWatchPtr& watch, const std::function<void(HubSink&)>& tell);
   void supervise();
@@ -5100,7 +5104,7 @@ COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t n
   watch->next_revision = next_revision;
   watch->anchored = anchored;
   if (anchored && next_revision - 1 < highest_) watch->born_below = highest_;
-  if (anchored) saw(next_revision - 1);
+  if (anchored) raise_to(highest_, next_revision - 1);
   SteadyTime when;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -5348,7 +5352,7 @@ COORDINATION_API bool WatchHub::on_line(const HubStreamPtr& stream, std::string_
   } else {
     on_events(stream, *line);
   }
-  saw(line->revision);
+  raise_to(highest_, line->revision);
   return true;
 }
 
@@ -5370,12 +5374,6 @@ COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
   }
   if (line.canceled) refused(stream, watch, line.cancel_reason);
   if (all) on_confirmed(stream);
-}
-
-COORDINATION_API void WatchHub::saw(std::int64_t revision) {
-  auto before = highest_.load();
-  while (revision > before && !highest_.compare_exchange_weak(before, revision)) {
-  }
 }
 
 COORDINATION_API void WatchHub::refused(const HubStreamPtr& stream, const HubWatchPtr& watch,
@@ -5944,10 +5942,7 @@ COORDINATION_API Result<RangeFeed::Snapshot> RangeFeed::read(const Context& ctx)
 COORDINATION_API void RangeFeed::join_hub(std::int64_t next_revision) {
   bool anchored = mode_ != Mode::Raw || request_.start_revision == 0;
   auto id = client_->watches->add(request_, next_revision, anchored, weak_from_this());
-  // It may be over already, and resync() have joined again: ids grow.
-  auto newest = hub_id_.load();
-  while (newest < id && !hub_id_.compare_exchange_weak(newest, id)) {
-  }
+  raise_to(hub_id_, id);  // it may be over already, and resync() have joined again: ids grow
   if (stopped_) stop();
   if (id == 0) failed(closed_error());
   if (ready()) resume();  // it may have been parked, and emptied, before its id was known
@@ -6347,9 +6342,9 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   std::shared_ptr<Strand> strand;
   Gate gate;
   std::function<void()> handler;
-  std::int64_t shown{0};      // the revision that it stands for
-  std::optional<Error> end{};  // why it stands still
-  bool told{false};           // that something has changed
+  std::int64_t shown{0};                 // the revision that it stands for
+  std::optional<Error> end{};            // why it stands still
+  bool told{false};                      // that something has changed
   std::string prefix{};                  // of the keys, taken off before they are shown
   std::function<bool(const std::string&)> shows{};
   std::atomic<std::uint64_t> turn{0};    // of the round robin

@@ -129,8 +129,10 @@ phase "asan: build" build_preset asan "${options[@]}"
 # These tests wait more than they work, and have ten times the time for it: build meanwhile.
 phase "asan: test" run_tests asan &
 asan=$!
-phase "tsan: build" build_preset tsan "${options[@]}"
+built=0
+phase "tsan: build" build_preset tsan "${options[@]}" || built=$?
 wait "$asan" || status=1
+((built == 0)) || exit "$built"
 
 # ThreadSanitizer needs addresses where it expects them.
 wrapper=()
