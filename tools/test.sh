@@ -52,9 +52,9 @@ run_tests() {  # PRESET PART [CTEST OPTION...]
   shift 2
   # ThreadSanitizer needs addresses where it expects them.
   if [[ $preset == tsan ]] && setarch -R true 2> /dev/null; then wrapper=(setarch -R); fi
-  "${wrapper[@]}" ctest --test-dir "$build/$preset" -j "$jobs" --output-on-failure \
+  "${wrapper[@]}" ctest --test-dir "$build/$preset" -j "$jobs" "$@" --output-on-failure \
     --test-output-size-passed 1000000 --test-output-size-failed 1000000 \
-    --output-junit "$results/$preset.$part.xml" "$@"
+    --output-junit "$results/$preset.$part.xml"
 }
 
 # Sets `job`: the command runs meanwhile, on what the others leave of the processors.
@@ -153,8 +153,8 @@ phase "dev: test" run_tests dev most -LE 'alone|build' || status=1
 phase "asan, tsan: build" finish_background
 phase "dev: tests that run alone" run_tests dev alone -L alone || status=1
 in_background run_tests dev build -L build
-phase "asan: test" run_tests asan all || status=1
-phase "tsan: test" run_tests tsan all || status=1
+phase "asan: test" run_tests asan all -j $((jobs + 1)) || status=1
+phase "tsan: test" run_tests tsan all -j $((jobs + 1)) || status=1
 phase "dev: how it can be compiled" finish_background || status=1
 
 exit "$status"
