@@ -3163,8 +3163,10 @@ class SocketTap {
     std::lock_guard<std::mutex> lock(mutex_);
     release();
 #if defined(_WIN32)
-    socket_ = socket;
-    if (cut_) shut();
+    WSAPROTOCOL_INFOW info;
+    bool known = ::WSADuplicateSocketW(socket, ::GetCurrentProcessId(), &info) == 0;
+    int same = FROM_PROTOCOL_INFO;
+    if (known) socket_ = ::WSASocketW(same, same, same, &info, 0, WSA_FLAG_OVERLAPPED);
 #else
     socket_ = ::fcntl(socket, F_DUPFD_CLOEXEC, 0);
     if (cut_) spoil(socket);
@@ -3179,10 +3181,14 @@ class SocketTap {
 
   /// Between two requests a server says nothing: bytes, or an end, mean that it is leaving.
   bool is_quiet() {
-#if defined(_WIN32)
-    return true;
-#else
     std::lock_guard<std::mutex> lock(mutex_);
+#if defined(_WIN32)
+    fd_set readable;
+    FD_ZERO(&readable);
+    FD_SET(socket_, &readable);
+    timeval now{};
+    return ::select(0, &readable, nullptr, nullptr, &now) == 0;
+#else
     char byte = 0;
     auto size = ::recv(socket_, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
     return size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
@@ -3210,8 +3216,11 @@ class SocketTap {
   }
 #endif
   void release() {
-#if !defined(_WIN32)
-    if (socket_ != kNone) ::close(socket_);
+    if (socket_ == kNone) return;
+#if defined(_WIN32)
+    ::closesocket(socket_);
+#else
+    ::close(socket_);
 #endif
     socket_ = kNone;
   }

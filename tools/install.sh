@@ -10,6 +10,7 @@ have() {
     ninja-build) command -v ninja || command -v make ;;
     clang) command -v clang++ ;;
     libclang-rt-dev) echo 'int main() {}' | clang++ -fsanitize=address -x c++ - -o /dev/null ;;
+    g++-mingw-w64-x86-64-posix) command -v x86_64-w64-mingw32-g++-posix ;;
     binutils) command -v nm ;;
     etcd-server) command -v etcd ;;
     etcd-client) command -v etcdctl ;;

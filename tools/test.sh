@@ -31,8 +31,9 @@ phase() {  # NAME COMMAND...: says how long it took; fails as the command does
 install_missing() {
   tools/install.sh g++ cmake ninja-build pkg-config python3 binutils etcd-server etcd-client \
     libcpp-httplib-dev nlohmann-json3-dev libssl-dev doctest-dev || return
-  # A second compiler: what needs it is skipped without it.
+  # Two more compilers: what needs them is skipped without them.
   tools/install.sh clang libclang-rt-dev || true
+  tools/install.sh g++-mingw-w64-x86-64-posix || true
 }
 
 # The conformance tests run on this one, too, if it can be had.

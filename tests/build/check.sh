@@ -37,6 +37,9 @@ compile() {  # OUTPUT SOURCE [OPTION...]
 link_and_run() {  # OBJECT...
   (cd "$out" && "$compiler" "$@" "${libraries[@]}" -pthread -o program && ./program)
 }
+folder_of() {  # HEADER
+  echo "#include <$1>" | g++ -E -x c++ - | sed -n "s|^# 1 \"\(.*\)/$1\".*|\1|p" | head -n 1
+}
 no_symbols() {  # OBJECT: what only includes the header pays nothing for it
   command -v nm > /dev/null || fail "no nm"
   nm -C "$out/$1" > "$out/symbols"
@@ -87,6 +90,14 @@ case $check in
     ;;
   min_max)
     compile min_max.o "$here/min_max.cpp"
+    ;;
+  windows)  # compiled for it, without the headers of this system
+    includes=(-I "$root" -isystem "$out/include")
+    mkdir "$out/include"
+    ln -s "$(folder_of nlohmann/json.hpp)/nlohmann" "$(folder_of httplib.h)/httplib.h" \
+      "$out/include"
+    options=(-O1)  # without, it has more sections than an object file may have
+    compile implementation.o "$here/implementation.cpp" "${compiled[@]}"
     ;;
   must_not_compile)
     # The same file twice: the good twin proves that the bad one fails for its own reason, and its
