@@ -81,6 +81,7 @@ class Sweeper : public Transport {
         break;
       case Fault::Emptied:
         etcd_->restart_empty();
+        ++wipes_;
         break;
     }
     return etcd_->perform(request, sink, ctx);
@@ -94,6 +95,8 @@ class Sweeper : public Transport {
   /// Whether it takes away what etcd has said yes to.
   bool destroys() const { return fault_ == Fault::LeasesExpired || fault_ == Fault::Emptied; }
   bool reached() const { return count_ >= first_; }
+  /// How often all data was lost.
+  int wipes() const { return wipes_; }
 
  private:
   static Error failed(Outcome outcome) {
@@ -138,7 +141,7 @@ class Sweeper : public Transport {
   const int first_, last_;
   std::mutex mutex_;
   std::vector<std::int64_t> leases_;
-  std::atomic<int> count_{0};
+  std::atomic<int> count_{0}, wipes_{0};
   std::atomic<bool> disarmed_{false};
 };
 
@@ -478,29 +481,40 @@ void healing(World& world) {
   CHECK_FALSE(world.has("/services/web/w1"));
 }
 
-/// The next event that says this; others may come before it where data was lost.
+/// Waits for the event that says this; others may come before it where data was lost. False: all
+/// data was lost once more, perhaps before it could be heard.
 template <class Event, class Says>
-void hears(World& world, Watch<Event>& watch, Says says) {
-  const auto end = Context::with_timeout(lenient(3s));
+bool hears(World& world, Watch<Event>& watch, int wipes, Says says) {
+  const Stopwatch stopwatch;
   for (;;) {
-    const auto event = watch.next(end);
+    const auto event = watch.next(Context::with_timeout(20ms));
+    if (!event && world.sweeper->wipes() != wipes) return false;
+    const bool timeout = !event && event.error().code == ErrorCode::Timeout;
+    if (timeout && stopwatch.elapsed() < lenient(3s)) continue;
     REQUIRE_MESSAGE(event, text_of(event));
-    if (says(*event)) return;
+    if (says(*event)) return true;
     CHECK_MESSAGE(world.destroys(), event->revision);
-    if (!world.destroys()) return;
+    if (!world.destroys()) return true;
   }
 }
 
 /// What is heard while somebody else writes; a partition ends before it is too late to hear of it.
+/// Returns how often all data was lost before the last write.
 template <class Event>
-void follow(World& world, Watch<Event>& watch, const std::function<void(int)>& write,
-            const std::function<bool(const Event&, int)>& says) {
+int follow(World& world, Watch<Event>& watch, const std::function<void(int)>& write,
+           const std::function<bool(const Event&, int)>& says) {
+  int wipes = 0;
   for (int i = 1; i <= 4; ++i) {
-    write(i);
-    world.etcd->heal();
-    hears(world, watch, [&](const Event& event) { return says(event, i); });
+    bool heard = false;
+    while (!heard) {
+      wipes = world.sweeper->wipes();
+      write(i);
+      world.etcd->heal();
+      heard = hears(world, watch, wipes, [&](const Event& event) { return says(event, i); });
+    }
   }
   if (!world.destroys()) CHECK_FALSE(watch.next(Context::with_timeout(0ms)));
+  return wipes;
 }
 
 void watches(World& world) {
@@ -508,13 +522,13 @@ void watches(World& world) {
   auto view = world.actor->config().view("");
   world.is_true(view);
   if (!world.is_true(watch)) return;
-  follow<ConfigEvent>(
+  const int wipes = follow<ConfigEvent>(
       world, *watch, [&](int i) { world.other->config().set("k", i).value(); },
       [](const ConfigEvent& event, int i) { return event.value == i; });
   if (!view) return;
   CHECK(eventually([&] {
     const auto seen = view->get("k");
-    return seen && *seen == 4;
+    return (seen && *seen == 4) || world.sweeper->wipes() != wipes;
   }));
 }
 
@@ -526,13 +540,13 @@ void service_watches(World& world) {
   const auto write = [&](int i) {
     world.other->registry().register_service({"w", "web", "h", i, {}, 60s}).value();
   };
-  follow<ServiceEvent>(world, *watch, write, [](const ServiceEvent& event, int i) {
+  const int wipes = follow<ServiceEvent>(world, *watch, write, [](const ServiceEvent& event, int i) {
     return event.type == EventType::Put && event.service.port == i;
   });
   if (!view) return;
   CHECK(eventually([&] {
     const auto seen = view->instances();
-    return seen.size() == 1 && seen[0].port == 4;
+    return (seen.size() == 1 && seen[0].port == 4) || world.sweeper->wipes() != wipes;
   }));
 }
 
