@@ -419,10 +419,10 @@ TEST_CASE("lease: one that may not be revoked keeps back no other") {
 }
 
 TEST_CASE("lease: close revokes what it has while a grant has no answer") {
-  Setup s;
-  const auto lease = s.grant();
   std::promise<void> go;
   std::atomic<bool> waits{false};
+  Setup s;
+  const auto lease = s.grant();
   s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/lease/grant") return;
     waits = true;

@@ -203,12 +203,13 @@ TEST_CASE("views: a quiet one notices, too, that etcd has come back empty") {
 }
 
 TEST_CASE("views: a watch that begins in the new history misses nothing, and is told of no loss") {
+  std::atomic<bool> cut{false};
   Setup s;
   auto old = s.c.config().view("a").value();
   CHECK(eventually([&] { return old.connected(); }));
   for (int i = 0; i < 50; ++i) s.d.config().set("a/k", i).value();
   CHECK(eventually([&] { return old.revision() == s.etcd->revision(); }));
-  std::atomic<bool> cut{true};
+  cut = true;
   s.tap->lose_if([&](const HttpRequest& request) { return cut && request.path == "/v3/watch"; });
   s.etcd->restart_empty();
   auto e = s.connect("three");

@@ -131,9 +131,9 @@ TEST_CASE("election: proclaim") {
 }
 
 TEST_CASE("election: what was proclaimed twice and arrives late does not undo a later word") {
+  HttpRequest late;
   Setup s;
   auto office = s.campaign("first");
-  HttpRequest late;
   s.tap->lose_if([&](const HttpRequest& request) {  // the first that writes
     if (!late.body.empty() || request.body.find("request_put") == std::string::npos) return false;
     late = request;

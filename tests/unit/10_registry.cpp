@@ -264,8 +264,8 @@ TEST_CASE("registry: registered again over a stranger's record that nobody has t
 }
 
 TEST_CASE("registry: a registration that fails does not end another of the same") {
-  Setup s;
   std::atomic<bool> first_is_in{false}, second_comes{false};
+  Setup s;
   s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/lease/grant" || first_is_in.exchange(true)) return;
     CHECK(eventually([&] { return second_comes.load(); }));
@@ -306,10 +306,10 @@ TEST_CASE("registry: replaced twice without an answer it is still there, and the
 }
 
 TEST_CASE("registry: unregistered while it was being replaced, with less time: gone all the same") {
-  Setup s;
-  CHECK(s.c.registry().register_service(web("w1", 1)));
   std::promise<void> go;
   std::atomic<bool> waits{false};
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1)));
   s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/kv/txn" || waits.exchange(true)) return;
     go.get_future().wait();
@@ -323,9 +323,9 @@ TEST_CASE("registry: unregistered while it was being replaced, with less time: g
 }
 
 TEST_CASE("registry: a put that may arrive late does not undo a later one") {
+  HttpRequest late;
   Setup s;
   CHECK(s.c.registry().register_service(web("w1", 1)));
-  HttpRequest late;
   s.tap->lose_if([&](const HttpRequest& request) {
     if (request.path != "/v3/kv/txn") return false;
     late = request;

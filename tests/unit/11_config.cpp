@@ -267,7 +267,8 @@ TEST_CASE("config: a compare_and_set that was lost on its way is sent again") {
 TEST_CASE("config: a value over etcd's limit is Validation, and names the endpoint") {
   Setup s;
   for (const std::size_t size : {std::size_t{2} << 20, std::size_t{4} << 20}) {
-    const auto set = s.config.set("k", std::string(size, 'x'));
+    const auto ctx = Context::with_timeout(lenient(10s));
+    const auto set = s.config.set("k", std::string(size, 'x'), ctx);
     check_code(set, ErrorCode::Validation);
     CHECK(set.error().outcome == Outcome::NotApplied);
     CHECK(text_of(set).find("one:1") != std::string::npos);
