@@ -308,7 +308,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: lines come in any pieces") {
     const std::string big(6'000'000, 'x');
     const auto line = event_line(id, {{true, "k", big, 11}});
     for (std::size_t at = 0; at < line.size(); at += 16384) stream->send(line.substr(at, 16384));
-    const auto event = next_of(events);
+    const auto event = next_of(events, 20s);
     REQUIRE(event);
     CHECK(event->kv.value == big);
   }
