@@ -290,9 +290,9 @@ class ManualClock : public Clock {
 
 /// TLS for `https://` endpoints.
 struct TlsOptions {
-  std::string ca_file;          // PEM; empty = the system's certificates
-  std::string cert_file;        // client certificate and key, PEM; both or none. etcd's gateway
-  std::string key_file;         //   refuses a certificate with a CN while authentication is on
+  std::string ca_file;    // PEM; empty = the system's certificates
+  std::string cert_file;  // client certificate and key, PEM; both or none. etcd's gateway
+  std::string key_file;   //   refuses a certificate with a CN while authentication is on
   bool verify_server{true};
 };
 
@@ -344,23 +344,23 @@ std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls = {});
 /// writes only if they were certainly not applied. The next member is tried at once; after each
 /// round over all members there is a delay, with jitter.
 struct RetryConfig {
-  int max_attempts{3};              // rounds over all members; at least one is always made
+  int max_attempts{3};  // rounds over all members; at least one is always made
   milliseconds initial_delay{100};
   milliseconds max_delay{2000};
-  double multiplier{2.0};           // of the delay, after each round
+  double multiplier{2.0};  // of the delay, after each round
 };
 
 /// All that a Coordinator can be told.
 struct CoordinatorOptions {
   // [http[s]://]host:port, [::1]:port; without a scheme https if `tls` names a file, else http
   std::vector<std::string> endpoints{"localhost:2379"};
-  std::string username{};        // empty = no login
+  std::string username{};  // empty = no login
   std::string password{};
-  milliseconds timeout{5000};    // of a call whose Context has no deadline
+  milliseconds timeout{5000};  // of a call whose Context has no deadline
   RetryConfig retry_config{};
   TlsOptions tls{};
-  std::string key_prefix{};      // put before "/locks", "/services", "/config", "/elections"
-  Logger logger{};               // none = silent
+  std::string key_prefix{};  // put before "/locks", "/services", "/config", "/elections"
+  Logger logger{};           // none = silent
   std::shared_ptr<Transport> transport{};  // none = make_default_transport(tls)
   std::shared_ptr<Clock> clock{};          // none = the steady clock
 };
@@ -383,12 +383,12 @@ enum class SortTarget { Key, Version, Create, Mod, Value };
 
 struct RangeRequest {
   std::string key;
-  std::string range_end{};     // empty = this key alone
-  std::int64_t limit{0};       // 0 = all
-  std::int64_t revision{0};    // 0 = now
+  std::string range_end{};   // empty = this key alone
+  std::int64_t limit{0};     // 0 = all
+  std::int64_t revision{0};  // 0 = now
   SortOrder sort_order{SortOrder::None};
   SortTarget sort_target{SortTarget::Key};
-  bool serializable{false};    // true = from the member's own data, which may be old
+  bool serializable{false};  // true = from the member's own data, which may be old
   bool keys_only{false};
   bool count_only{false};
   std::int64_t min_mod_revision{0}, max_mod_revision{0};
@@ -397,9 +397,9 @@ struct RangeRequest {
 
 struct RangeResponse {
   std::vector<KeyValue> kvs;
-  std::int64_t count{0};       // of all keys in the range, whatever `limit` and the filters say
+  std::int64_t count{0};  // of all keys in the range, whatever `limit` and the filters say
   bool more{false};
-  std::int64_t revision{0};    // of the store when it answered
+  std::int64_t revision{0};  // of the store when it answered
 };
 
 struct PutRequest {
@@ -407,8 +407,8 @@ struct PutRequest {
   std::string value;
   std::int64_t lease{0};
   bool prev_kv{false};
-  bool ignore_value{false};    // keep the value, change the lease
-  bool ignore_lease{false};    // keep the lease, change the value
+  bool ignore_value{false};  // keep the value, change the lease
+  bool ignore_lease{false};  // keep the lease, change the value
 };
 
 struct PutResponse {
@@ -437,8 +437,8 @@ struct Compare {
   Target target{Target::Create};
   Is is{Is::Equal};
   std::int64_t number{0};
-  std::string bytes{};         // of Target::Value
-  std::string range_end{};     // true if it holds for all keys of the range
+  std::string bytes{};      // of Target::Value
+  std::string range_end{};  // true if it holds for all keys of the range
 
   static Compare create_revision(std::string key, Is is, std::int64_t revision);
   static Compare mod_revision(std::string key, Is is, std::int64_t revision);
@@ -603,17 +603,17 @@ struct WatchEvent {
 /// What Client::watch is to watch.
 struct WatchRequest {
   std::string key;
-  std::string range_end{};          // empty = this key alone
-  std::int64_t start_revision{0};   // 0 = from now on
+  std::string range_end{};         // empty = this key alone
+  std::int64_t start_revision{0};  // 0 = from now on
   bool prev_kv{false};
   bool no_put{false}, no_delete{false};
-  std::size_t queue_size{1024};     // see Watch
+  std::size_t queue_size{1024};  // see Watch
 };
 
 /// How registry and configuration watch.
 struct WatchOptions {
-  bool include_existing{false};     // begin with a Put for all that is there, the oldest first
-  std::size_t queue_size{1024};     // see Watch
+  bool include_existing{false};  // begin with a Put for all that is there, the oldest first
+  std::size_t queue_size{1024};  // see Watch
 };
 
 namespace detail {
@@ -664,8 +664,7 @@ class Watch {
     if (source_) source_->cancel();
   }
 
-  explicit Watch(std::shared_ptr<detail::EventSource<Event>> source)
-      : source_(std::move(source)) {}
+  explicit Watch(std::shared_ptr<detail::EventSource<Event>> source) : source_(std::move(source)) {}
 
  private:
   std::shared_ptr<detail::EventSource<Event>> source_;
@@ -846,10 +845,10 @@ class DistributedLock {
 
 /// Who leads.
 struct LeaderInfo {
-  std::string key;          // empty: nobody leads
-  std::string value;        // what the leader has proclaimed
-  std::int64_t token{0};    // its fencing token
-  std::int64_t revision{0}; // of etcd, when this was so
+  std::string key;           // empty: nobody leads
+  std::string value;         // what the leader has proclaimed
+  std::int64_t token{0};     // its fencing token
+  std::int64_t revision{0};  // of etcd, when this was so
   bool exists() const { return !key.empty(); }
 };
 
@@ -914,7 +913,7 @@ bool operator!=(const ServiceInfo& a, const ServiceInfo& b);
 
 struct ServiceEvent {
   EventType type{EventType::Put};
-  ServiceInfo service;              // of a Delete: the last record
+  ServiceInfo service;                              // of a Delete: the last record
   std::chrono::system_clock::time_point timestamp;  // when it was received
   std::int64_t revision{0};
 };
@@ -1012,8 +1011,8 @@ class ServiceRegistry {
 template <class Json>
 struct BasicConfigEvent {
   EventType type{EventType::Put};
-  std::string key;  // as given to set()
-  Json value;       // of a Delete: null
+  std::string key;                                  // as given to set()
+  Json value;                                       // of a Delete: null
   std::chrono::system_clock::time_point timestamp;  // when it was received
   std::int64_t revision{0};
 };
@@ -1273,7 +1272,7 @@ class MemoryEtcd : public Transport {
   void add_user(const std::string& name, const std::string& password, const std::string& prefix);
 
   // What is there.
-  std::int64_t requests() const;           // how many have come
+  std::int64_t requests() const;  // how many have come
   std::int64_t revision() const;
   std::vector<std::int64_t> leases() const;
   std::vector<std::string> keys() const;
@@ -1547,7 +1546,8 @@ struct Gate {
 /// Waits for `time`; false if `ctx` was done first.
 COORDINATION_API bool pause(const Context& ctx, milliseconds time) {
   Gate gate;
-  gate.wait(ctx, [] { return false; }, steady_clock::now() + time);
+  gate.wait(
+      ctx, [] { return false; }, steady_clock::now() + time);
   return !ctx.done();
 }
 
@@ -1591,7 +1591,7 @@ class Backoff {
   milliseconds next() {
     auto now = (std::min)(next_, last_);
     auto grown = (std::min)(static_cast<double>(now.count()) * multiplier_,
-                          static_cast<double>(last_.count()));
+                            static_cast<double>(last_.count()));
     next_ = (std::max)(milliseconds(1), milliseconds(static_cast<std::int64_t>(grown)));
     return jittered(now);
   }
@@ -1824,8 +1824,8 @@ class Timer {
   static void run(Shared& shared) {
     std::unique_lock<std::mutex> lock(shared.mutex);
     while (!shared.stopped) {
-      shared.sleeps_until = shared.tasks.empty() ? (SteadyTime::max)()
-                                                 : shared.tasks.begin()->first.first;
+      shared.sleeps_until =
+          shared.tasks.empty() ? (SteadyTime::max)() : shared.tasks.begin()->first.first;
       if (shared.tasks.empty()) {
         shared.changed.wait(lock);
       } else if (shared.sleeps_until > steady_clock::now()) {
@@ -1940,8 +1940,7 @@ class Strand : public std::enable_shared_from_this<Strand> {
     lock.lock();
     running_ = false;
     idle_.notify_all();
-    scheduled_ = !tasks_.empty() &&
-                 lane_->post([self = shared_from_this()] { self->run_one(); });
+    scheduled_ = !tasks_.empty() && lane_->post([self = shared_from_this()] { self->run_one(); });
   }
 
   std::shared_ptr<Lane> lane_;
@@ -2635,9 +2634,8 @@ COORDINATION_API std::optional<ServiceInfo> decode_service(std::string_view reco
 
 COORDINATION_API bool deeper(const Json& json, int limit) {
   if (!json.is_structured()) return false;
-  return limit == 0 || std::any_of(json.begin(), json.end(), [&](const Json& child) {
-           return deeper(child, limit - 1);
-         });
+  return limit == 0 || std::any_of(json.begin(), json.end(),
+                                   [&](const Json& child) { return deeper(child, limit - 1); });
 }
 
 /// Empty if it is no JSON value, or one that cannot be read back.
@@ -2692,9 +2690,9 @@ inline constexpr Refusal kDenied{403, 7, "etcdserver: permission denied"};
 inline constexpr Refusal kLeaseExists{400, 9, "etcdserver: lease already exists"};
 inline constexpr Refusal kAuthIsOff{400, 9, "etcdserver: authentication is not enabled"};
 inline constexpr Refusal kCompacted{400, 11,
-                                   "etcdserver: mvcc: required revision has been compacted"};
+                                    "etcdserver: mvcc: required revision has been compacted"};
 inline constexpr Refusal kFuture{400, 11,
-                                "etcdserver: mvcc: required revision is a future revision"};
+                                 "etcdserver: mvcc: required revision is a future revision"};
 inline constexpr Refusal kTtlTooLarge{400, 11, "etcdserver: too large lease TTL"};
 inline constexpr Refusal kNoLeader{503, 14, "etcdserver: no leader"};
 inline constexpr Refusal kBadToken{401, 16, "etcdserver: invalid auth token"};
@@ -3347,8 +3345,7 @@ class HttplibTransport : public Transport {
       state.response.status = response.status;
       return true;
     };
-    http.content_receiver = [&](const char* data, std::size_t size, std::uint64_t,
-                                std::uint64_t) {
+    http.content_receiver = [&](const char* data, std::size_t size, std::uint64_t, std::uint64_t) {
       if (ctx.done()) return false;  // httplib's own limits are for each piece
       bool streamed = sink && state.response.status / 100 == 2;
       if (!streamed) return state.response.body.append(data, size), true;
@@ -3411,8 +3408,8 @@ class HttplibTransport : public Transport {
       connection->client = std::make_unique<httplib::ClientImpl>(to.host, to.port);
     } else {
 #ifdef CPPHTTPLIB_OPENSSL_SUPPORT
-      connection->client = std::make_unique<httplib::SSLClient>(to.host, to.port, tls_.cert_file,
-                                                                tls_.key_file);
+      connection->client =
+          std::make_unique<httplib::SSLClient>(to.host, to.port, tls_.cert_file, tls_.key_file);
       if (!tls_.ca_file.empty()) connection->client->set_ca_cert_path(tls_.ca_file);
       connection->client->enable_server_certificate_verification(tls_.verify_server);
 #else
@@ -3433,8 +3430,8 @@ class HttplibTransport : public Transport {
                       "cpp-httplib was built without CPPHTTPLIB_OPENSSL_SUPPORT");
   }
 
-  static void configure(httplib::ClientImpl& client, const HttpRequest& request,
-                        const Context& ctx, bool close) {
+  static void configure(httplib::ClientImpl& client, const HttpRequest& request, const Context& ctx,
+                        bool close) {
     auto left = milliseconds(std::chrono::hours(24));
     if (ctx.deadline()) {
       auto until = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now());
@@ -3575,8 +3572,8 @@ COORDINATION_API ErrorCode code_of_grpc(int code) {
 
 COORDINATION_API Verdict judge_error(const wire::EtcdError& error, const std::string& endpoint) {
   Verdict verdict;
-  verdict.error = make_error(ErrorCode::Internal, "etcd at " + endpoint + " has refused",
-                             error.message);
+  verdict.error =
+      make_error(ErrorCode::Internal, "etcd at " + endpoint + " has refused", error.message);
   if (const Rule* rule = find_rule(error.message)) {
     verdict.error.code = rule->code;
     verdict.next = rule->next;
@@ -3779,8 +3776,8 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   Result<HttpResponse> perform(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
 
   /// One streaming request to one member; the caller repeats it. Success: the stream ended well.
-  Result<void> stream(const char* path, std::string body, const ChunkSink& sink,
-                      const Context& ctx, StreamPlace* place = nullptr, bool close = true);
+  Result<void> stream(const char* path, std::string body, const ChunkSink& sink, const Context& ctx,
+                      StreamPlace* place = nullptr, bool close = true);
 
   /// A cheap request to one member: does it serve?
   bool probe(std::size_t member, milliseconds limit);
@@ -3928,8 +3925,8 @@ struct Attempts {
 
   Error ended() const {
     auto cause = last ? to_string(*last) : std::string();
-    auto code = ctx.cancelled() || client.open.cancelled() ? ErrorCode::Cancelled
-                                                           : ErrorCode::Timeout;
+    auto code =
+        ctx.cancelled() || client.open.cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
     auto what = client.open.cancelled() ? std::string("the coordinator is closed")
                                         : std::string("etcd did not answer ") + path + " in time";
     if (ctx.cancelled()) what = "the call was cancelled";
@@ -4000,8 +3997,8 @@ COORDINATION_API Result<void> ClientState::stream(const char* path, std::string 
     if (!place || !place->refused) members->succeeded(member);
     return {};
   }
-  auto verdict = response ? judge_status(*response, members->url(member))
-                          : judge_transport(response.error());
+  auto verdict =
+      response ? judge_status(*response, members->url(member)) : judge_transport(response.error());
   bool late = !response && context.done();
   if (late) verdict.member_failed = place && place->must_answer;
   bool ours = ctx.cancelled() || open.cancelled();
@@ -4031,8 +4028,8 @@ COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit)
   auto context = join_contexts({&open}, steady_clock::now() + limit);
   auto token = log_in(context);
   if (!token) return false;
-  auto response = perform(request(member, "/v3/kv/range", wire::body(range), token->token),
-                          nullptr, context);
+  auto response =
+      perform(request(member, "/v3/kv/range", wire::body(range), token->token), nullptr, context);
   bool serves = response && (response->status / 100 == 2 || response->status / 100 == 4);
   if (!serves && !open.cancelled()) {
     member_failed(member, response ? make_error(ErrorCode::Unavailable, "it does not serve")
@@ -4201,8 +4198,8 @@ COORDINATION_API Result<PutResponse> Client::put(std::string key, std::string va
 
 COORDINATION_API Result<PutResponse> Client::put(PutRequest request, Context ctx) {
   if (request.key.empty()) return detail::empty_key();
-  return state_->ask<PutResponse>("/v3/kv/put", detail::wire::body(request),
-                                  detail::Safety::Write, ctx);
+  return state_->ask<PutResponse>("/v3/kv/put", detail::wire::body(request), detail::Safety::Write,
+                                  ctx);
 }
 
 COORDINATION_API Result<RemoveResponse> Client::remove(std::string key, Context ctx) {
@@ -4222,9 +4219,9 @@ COORDINATION_API Result<TxnResponse> Client::commit(Txn txn, Context ctx) {
 }
 
 COORDINATION_API Result<void> Client::compact(std::int64_t revision, Context ctx) {
-  auto done = state_->ask<detail::wire::Nothing>(
-      "/v3/kv/compaction", detail::wire::compaction_body(revision), detail::Safety::Idempotent,
-      ctx);
+  auto done = state_->ask<detail::wire::Nothing>("/v3/kv/compaction",
+                                                 detail::wire::compaction_body(revision),
+                                                 detail::Safety::Idempotent, ctx);
   if (done || done.error().code == ErrorCode::Compacted) return {};
   return done.error();
 }
@@ -4255,21 +4252,19 @@ struct LeaseState {
   const std::int64_t id;
   const std::shared_ptr<Clock> clock;
   std::shared_ptr<ClientState> client;
-  milliseconds asked{0};                    // the TTL that was asked for
-  std::atomic<std::int64_t> ttl_ms{0};      // the one that was granted
+  milliseconds asked{0};                // the TTL that was asked for
+  std::atomic<std::int64_t> ttl_ms{0};  // the one that was granted
   std::atomic<std::int64_t> deadline_ns{0};
   std::atomic<Phase> phase{Phase::Live};
-  std::atomic<bool> tainted{false};         // a put with it may still be under way: not to be kept
-  SteadyTime due{};          // of the next renewal; the keeper's mutex guards it
-  Context life;              // cancelled when it is lost or released
-  LossSignal loss;           // for the user's handler
+  std::atomic<bool> tainted{false};  // a put with it may still be under way: not to be kept
+  SteadyTime due{};                  // of the next renewal; the keeper's mutex guards it
+  Context life;                      // cancelled when it is lost or released
+  LossSignal loss;                   // for the user's handler
   std::mutex hook_mutex;
   std::function<void(const Error&)> hook;  // for the library's own: called at once, must be short
 
   milliseconds ttl() const { return milliseconds(ttl_ms); }
-  SteadyTime deadline() const {
-    return SteadyTime(std::chrono::nanoseconds(deadline_ns.load()));
-  }
+  SteadyTime deadline() const { return SteadyTime(std::chrono::nanoseconds(deadline_ns.load())); }
   bool held() const { return phase == Phase::Live && clock->now() < deadline(); }
 
   void renewed(SteadyTime sent, std::int64_t seconds) {
@@ -4348,11 +4343,11 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   void close(SteadyTime limit);
 
  private:
-  static constexpr milliseconds kWindow{200};     // renewals that are due within it go together
-  static constexpr milliseconds kRetry{500};      // after a renewal that failed
+  static constexpr milliseconds kWindow{200};  // renewals that are due within it go together
+  static constexpr milliseconds kRetry{500};   // after a renewal that failed
   static constexpr milliseconds kRevokeRetry{500};
-  static constexpr std::size_t kBatch = 1000;     // leases in one request
-  static constexpr std::size_t kMostIdle = 64;    // leases kept for reuse
+  static constexpr std::size_t kBatch = 1000;   // leases in one request
+  static constexpr std::size_t kMostIdle = 64;  // leases kept for reuse
 
   struct Idle {
     LeasePtr lease;
@@ -4439,9 +4434,8 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const C
   lease->client = client;
   lease->asked = ttl;
   auto sent = client->clock->now();
-  auto reply = client->ask<wire::LeaseReply>("/v3/lease/grant",
-                                             wire::grant_body(id, seconds_up(ttl)),
-                                             Safety::Idempotent, ctx);
+  auto reply = client->ask<wire::LeaseReply>(
+      "/v3/lease/grant", wire::grant_body(id, seconds_up(ttl)), Safety::Idempotent, ctx);
   if (reply && reply->ttl > 0) {
     lease->renewed(sent, reply->ttl);
     bool slow = lease->deadline() - client->clock->now() < lease->ttl() / 2;
@@ -4520,8 +4514,8 @@ COORDINATION_API Result<void> LeaseKeeper::revoke(std::int64_t id, const Context
   auto client = client_.lock();
   if (!client) return closed_error();
   forget(id);
-  auto done = client->ask<wire::Nothing>("/v3/lease/revoke", wire::lease_body(id),
-                                         Safety::Idempotent, ctx);
+  auto done =
+      client->ask<wire::Nothing>("/v3/lease/revoke", wire::lease_body(id), Safety::Idempotent, ctx);
   if (done || done.error().code == ErrorCode::NotFound) return {};
   return done.error();
 }
@@ -4633,8 +4627,9 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(
 }
 
 /// One request for all; returns those that have got no answer.
-COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
-    ClientState& client, const std::vector<LeasePtr>& batch, bool* reached) {
+COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(ClientState& client,
+                                                               const std::vector<LeasePtr>& batch,
+                                                               bool* reached) {
   std::unordered_map<std::int64_t, LeasePtr> waiting;
   std::string body;
   for (auto& lease : batch) {
@@ -4659,17 +4654,17 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(
   };
   auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
   auto limit = Context::with_timeout(attempt_limit());
-  auto end = client.stream("/v3/lease/keepalive", std::move(body), sink, limit, &place,
-                           batch.size() > 1);
+  auto end =
+      client.stream("/v3/lease/keepalive", std::move(body), sink, limit, &place, batch.size() > 1);
   lines.finish(line);
   if (reached) *reached = end || !is_out_of_reach(end.error());
   std::vector<LeasePtr> left;
   left.reserve(waiting.size());
   for (auto& entry : waiting) left.push_back(entry.second);
   if (left.empty() || client.open.cancelled()) return left;
-  (*client.log)(LogLevel::Warn, "leases were not renewed",
-                {{"count", std::to_string(left.size())},
-                 {"cause", to_string(end ? refusal : end.error())}});
+  (*client.log)(
+      LogLevel::Warn, "leases were not renewed",
+      {{"count", std::to_string(left.size())}, {"cause", to_string(end ? refusal : end.error())}});
   return left;
 }
 
@@ -4690,8 +4685,8 @@ COORDINATION_API Result<void> LeaseKeeper::renew_now(const LeasePtr& lease, cons
     line = wire::decode_line<wire::LeaseReply>(answer);
     return line.index() != 0;
   };
-  auto reply = client->call("/v3/lease/keepalive", wire::lease_body(lease->id),
-                            Safety::Idempotent, ctx, is_line);
+  auto reply = client->call("/v3/lease/keepalive", wire::lease_body(lease->id), Safety::Idempotent,
+                            ctx, is_line);
   if (!reply) return reply.error();
   auto* answer = std::get_if<wire::LeaseReply>(&line);
   if (auto* error = std::get_if<wire::EtcdError>(&line)) {
@@ -4855,8 +4850,8 @@ COORDINATION_API void LeaseKeeper::close(SteadyTime limit) {
 }
 
 /// Over the stream threads, which have nothing else to do any more; a second is soon over.
-COORDINATION_API void LeaseKeeper::revoke_all(
-    const std::shared_ptr<std::vector<std::int64_t>>& ids, const Context& ctx) {
+COORDINATION_API void LeaseKeeper::revoke_all(const std::shared_ptr<std::vector<std::int64_t>>& ids,
+                                              const Context& ctx) {
   auto client = client_.lock();
   if (!client || ids->empty()) return;
   auto next = std::make_shared<std::atomic<std::size_t>>(0);
@@ -4974,12 +4969,12 @@ struct HubWatch {
   std::atomic<bool> anchored{false};  // next_revision is what etcd has said, not a wish
   // The hub's mutex guards these:
   State state{State::Waiting};
-  int streams{0};                     // that carry it
-  bool overlap{false};                // see create_body
-  bool confirmed{false};              // etcd has answered its creation, once at least
+  int streams{0};         // that carry it
+  bool overlap{false};    // see create_body
+  bool confirmed{false};  // etcd has answered its creation, once at least
   bool logged_in_again{false};
-  SteadyTime heard{};                 // when a stream that it has left was last heard of
-  std::int64_t born_below{0};         // it began before what others had seen: in a new history?
+  SteadyTime heard{};          // when a stream that it has left was last heard of
+  std::int64_t born_below{0};  // it began before what others had seen: in a new history?
 };
 
 using HubWatchPtr = std::shared_ptr<HubWatch>;
@@ -4992,15 +4987,15 @@ struct HubStream {
   Context ctx;
   ClientState::StreamPlace place;
   std::unordered_map<std::int64_t, HubWatchPtr> watches;
-  std::deque<HubWatchPtr> unconfirmed;     // etcd confirms, and refuses, in the order of asking
+  std::deque<HubWatchPtr> unconfirmed;  // etcd confirms, and refuses, in the order of asking
   std::vector<std::shared_ptr<HubStream>> victims;  // end when all is confirmed
   bool open{false};
   bool over{false};
-  std::atomic<bool> suspect{false};        // it is silent and its member does not answer
-  bool reset{false};                       // etcd's history is shorter than ours
-  std::int64_t seen{0};                    // of it, before the stream was asked for
-  bool rests{false};                       // all its watches have been silent since a compaction
-  std::size_t wasted{0};                   // events for watches that have left
+  std::atomic<bool> suspect{false};  // it is silent and its member does not answer
+  bool reset{false};                 // etcd's history is shorter than ours
+  std::int64_t seen{0};              // of it, before the stream was asked for
+  bool rests{false};                 // all its watches have been silent since a compaction
+  std::size_t wasted{0};             // events for watches that have left
   std::map<std::int64_t, std::vector<WatchEvent>> fragments;  // by watch; its own thread's
   const SteadyTime begun{clock->now()};
   std::atomic<std::int64_t> heard_ns{0};
@@ -5048,8 +5043,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static constexpr milliseconds kLinger{150};  // etcd serves a watch that is behind every 100 ms
   static constexpr milliseconds kSilence{5000};
   static constexpr milliseconds kConfirmation{10000};  // for a stream; a ms more for each watch
-  static constexpr std::size_t kFew = 100;        // watches that etcd creates in no time
-  static constexpr std::size_t kMostResting = 2;  // streams that rest
+  static constexpr std::size_t kFew = 100;             // watches that etcd creates in no time
+  static constexpr std::size_t kMostResting = 2;       // streams that rest
 
   SteadyTime next_opening() const;
   void schedule(SteadyTime when);
@@ -5097,8 +5092,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   std::int64_t last_id_{0};
   HubStreamPtr merging_;
   std::optional<SteadyTime> open_at_;
-  std::deque<SteadyTime> opened_;  // when the last kBurst streams were
-  std::set<std::size_t> checking_;  // members that are being asked whether they serve
+  std::deque<SteadyTime> opened_;         // when the last kBurst streams were
+  std::set<std::size_t> checking_;        // members that are being asked whether they serve
   std::atomic<std::int64_t> highest_{0};  // revision that etcd has told of
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
   int denied_{0};  // streams that were refused, one after the other
@@ -5262,9 +5257,8 @@ COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
     }
   }
   if (waiting_.empty()) return victims;
-  std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
-    return a->watches.size() < b->watches.size();
-  });
+  std::sort(candidates.begin(), candidates.end(),
+            [](const auto& a, const auto& b) { return a->watches.size() < b->watches.size(); });
   auto steady = static_cast<double>(kMaxStreams - 1);
   auto size = static_cast<double>(waiting_.size());
   auto batches = static_cast<double>(watches_.size()) / size;
@@ -5470,8 +5464,7 @@ COORDINATION_API void WatchHub::on_canceled(const HubStreamPtr& stream,
 
 /// A watch that has heard nothing for long may be too old for a new stream and yet miss nothing on
 /// the old one: there it stays until it has heard something.
-COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream,
-                                             const HubWatchPtr& watch) {
+COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream, const HubWatchPtr& watch) {
   auto sink = watch->sink.lock();
   if (!sink || !sink->ends_with_history()) return false;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -5552,8 +5545,8 @@ COORDINATION_API bool WatchHub::pass_on(HubWatch& watch, HubSink& sink,
   bool wants_more = true;
   for (auto it = events.begin(); it != events.end() && wants_more;) {
     auto revision = it->revision;
-    auto last = std::find_if(it, events.end(),
-                             [&](const WatchEvent& e) { return e.revision != revision; });
+    auto last =
+        std::find_if(it, events.end(), [&](const WatchEvent& e) { return e.revision != revision; });
     if (revision >= watch.next_revision) {
       wants_more = sink.deliver({std::make_move_iterator(it), std::make_move_iterator(last)});
       watch.next_revision = revision + 1;
@@ -5608,9 +5601,9 @@ COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& 
     }
   }
   if (!stream->ctx.cancelled()) {
-    (*client->log)(LogLevel::Info, "a watch stream has ended",
-                   {{"endpoint", client->members->url(stream->place.member)},
-                    {"cause", to_string(error)}});
+    (*client->log)(
+        LogLevel::Info, "a watch stream has ended",
+        {{"endpoint", client->members->url(stream->place.member)}, {"cause", to_string(error)}});
     client->leases->hurry();  // if it was etcd that went away, the leases may have gone, too
   }
   for (auto& watch : denied) end_watch(watch, [&](HubSink& sink) { sink.failed(error); });
@@ -5638,8 +5631,7 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
 
 /// The watch leaves a stream, which ends when it has none left; false: it had left before. Under
 /// the mutex.
-COORDINATION_API bool WatchHub::leave_stream(const HubStreamPtr& stream,
-                                             const HubWatchPtr& watch) {
+COORDINATION_API bool WatchHub::leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch) {
   if (stream->watches.erase(watch->id) == 0) return false;
   --watch->streams;
   watch->heard = (std::max)(watch->heard, stream->heard());
@@ -5909,7 +5901,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   Known known_;
   std::int64_t revision_{0};
   milliseconds resync_limit_{1000};  // grows, for a range that is too large for it
-  bool all_anew_{false};  // an equal revision does not mean that nothing has changed
+  bool all_anew_{false};             // an equal revision does not mean that nothing has changed
   Backoff backoff_{milliseconds(100), milliseconds(2000)};
 };
 
@@ -5970,9 +5962,8 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
     auto revision = snapshot->revision;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      std::sort(snapshot->kvs.begin(), snapshot->kvs.end(), [](const auto& a, const auto& b) {
-        return a.create_revision < b.create_revision;
-      });
+      std::sort(snapshot->kvs.begin(), snapshot->kvs.end(),
+                [](const auto& a, const auto& b) { return a.create_revision < b.create_revision; });
       for (auto& kv : snapshot->kvs) {
         keep(kv);
         if (!include_existing) continue;
@@ -6017,14 +6008,13 @@ COORDINATION_API void RangeFeed::sort_by_age(std::vector<WatchEvent>& events) co
   auto rank = [this](const WatchEvent& event) {
     if (event.type == EventType::Put) return std::make_pair(0, event.kv.create_revision);
     auto it = known_.find(event.kv.key);
-    auto created = it != known_.end()  ? it->second.create_revision
-                   : event.prev_kv     ? event.prev_kv->create_revision
-                                       : std::int64_t{0};
+    auto created = it != known_.end() ? it->second.create_revision
+                   : event.prev_kv    ? event.prev_kv->create_revision
+                                      : std::int64_t{0};
     return std::make_pair(1, -created);
   };
-  std::stable_sort(events.begin(), events.end(), [&](const WatchEvent& a, const WatchEvent& b) {
-    return rank(a) < rank(b);
-  });
+  std::stable_sort(events.begin(), events.end(),
+                   [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); });
 }
 
 /// False: it is known already, or never was.
@@ -6044,9 +6034,9 @@ COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
 COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
   heard_at_ = client_->clock->now();
   if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
-  auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
-                          "etcd has discarded the history up to revision " +
-                              std::to_string(revision));
+  auto error =
+      make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
+                 "etcd has discarded the history up to revision " + std::to_string(revision));
   error.revision = revision + 1;
   failed(error);
 }
@@ -6351,14 +6341,14 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   std::shared_ptr<Strand> strand;
   Gate gate;
   std::function<void()> handler;
-  std::int64_t shown{0};                 // the revision that it stands for
-  std::optional<Error> end{};            // why it stands still
-  bool told{false};                      // that something has changed
-  std::string prefix{};                  // of the keys, taken off before they are shown
+  std::int64_t shown{0};       // the revision that it stands for
+  std::optional<Error> end{};  // why it stands still
+  bool told{false};            // that something has changed
+  std::string prefix{};        // of the keys, taken off before they are shown
   std::function<bool(const std::string&)> shows{};
-  std::atomic<std::uint64_t> turn{0};    // of the round robin
-  std::mutex decoding;                   // taken before the feed's; guards `decoded`
-  bool stale{true};                      // `decoded` is; the feed's mutex guards it
+  std::atomic<std::uint64_t> turn{0};  // of the round robin
+  std::mutex decoding;                 // taken before the feed's; guards `decoded`
+  bool stale{true};                    // `decoded` is; the feed's mutex guards it
   std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
 };
 
@@ -6396,8 +6386,9 @@ COORDINATION_API Result<Watch<WatchEvent>> Client::watch(std::string key, Contex
   return watch(std::move(request), std::move(ctx));
 }
 
-COORDINATION_API Result<Subscription> Client::watch(
-    WatchRequest request, std::function<void(const WatchEvent&)> handler, Context ctx) {
+COORDINATION_API Result<Subscription> Client::watch(WatchRequest request,
+                                                    std::function<void(const WatchEvent&)> handler,
+                                                    Context ctx) {
   auto valid = detail::validate_watch(request);
   if (!valid) return valid.error();
   return detail::subscribe(detail::raw_plan(state_, std::move(request)), std::move(handler), ctx);
@@ -6465,16 +6456,16 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   enum class Phase { Held, Lost, Released };
 
   OwnedKey(std::shared_ptr<ClientState> c, std::string k, std::int64_t t, LeasePtr l)
-      : client(std::move(c)), key(std::move(k)), token(t), written(t), leases{std::move(l)},
-        lease_ids{leases.front()->id},
+      : client(std::move(c)), key(std::move(k)), token(t),
+        written(t), leases{std::move(l)}, lease_ids{leases.front()->id},
         loss(std::make_shared<Strand>(client->executor->callbacks, client->log)) {
     ours = Compare::create_revision(key, Compare::Is::Equal, token);
   }
 
   const std::shared_ptr<ClientState> client;
   const std::string key;
-  const std::int64_t token;  // create revision; of a registration: the revision of its put
-  Compare ours;              // true in a Txn while the key is ours
+  const std::int64_t token;           // create revision; of a registration: the revision of its put
+  Compare ours;                       // true in a Txn while the key is ours
   std::atomic<std::int64_t> written;  // the revision of our last put, as far as we know
   std::mutex mutex;
   // The mutex guards these:
@@ -6918,9 +6909,8 @@ COORDINATION_API RangeRequest Contender::earlier_keys() const {
 
 /// True if keys of another queue may hide those of ours: then all must be read.
 COORDINATION_API bool Contender::hidden(const std::vector<KeyValue>& keys) {
-  bool foreign = std::any_of(keys.begin(), keys.end(), [&](const KeyValue& kv) {
-    return of_another_queue(kv.key, prefix_);
-  });
+  bool foreign = std::any_of(keys.begin(), keys.end(),
+                             [&](const KeyValue& kv) { return of_another_queue(kv.key, prefix_); });
   return foreign && !std::exchange(crowded_, true);
 }
 
@@ -6994,9 +6984,8 @@ COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context&
   }
   auto& mine = done->range(0).kvs;
   auto& seen = done->range(1).kvs;
-  bool foreign = std::all_of(seen.begin(), seen.end(), [&](const KeyValue& kv) {
-    return of_another_queue(kv.key, prefix_);
-  });
+  bool foreign = std::all_of(seen.begin(), seen.end(),
+                             [&](const KeyValue& kv) { return of_another_queue(kv.key, prefix_); });
   if (mine.empty() && foreign) return enter(ctx);
   if (mine.empty()) return Turn{Place::Behind, {}};
   token_ = mine.front().create_revision;
@@ -7120,8 +7109,8 @@ COORDINATION_API Result<Lock> DistributedLock::acquire_shared(std::string key, m
   return detail::as_lock(contender->acquire(ctx));
 }
 
-COORDINATION_API Result<Lock> DistributedLock::try_acquire_shared(std::string key,
-                                                                  milliseconds ttl, Context ctx) {
+COORDINATION_API Result<Lock> DistributedLock::try_acquire_shared(std::string key, milliseconds ttl,
+                                                                  Context ctx) {
   auto contender =
       detail::contender(state_, "/locks/", key, ttl, detail::kSharedRule, detail::kShared);
   if (!contender) return contender.error();
@@ -7202,8 +7191,8 @@ COORDINATION_API Result<RemoveResponse> Lock::remove(std::string key, Context ct
   auto done = commit(std::move(txn), std::move(ctx));
   if (!done) return done.error();
   RemoveResponse response;
-  auto* removed = done->responses.empty() ? nullptr
-                                          : std::get_if<RemoveResponse>(&done->responses.front());
+  auto* removed =
+      done->responses.empty() ? nullptr : std::get_if<RemoveResponse>(&done->responses.front());
   if (removed) response = *removed;
   response.revision = done->revision;
   return response;
@@ -7240,8 +7229,8 @@ COORDINATION_API Result<void> Leadership::proclaim(std::string value, Context ct
 
 COORDINATION_API Result<Leadership> Election::campaign(std::string name, std::string value,
                                                        milliseconds ttl, Context ctx) {
-  auto contender = detail::contender(state_, "/elections/", name, ttl, detail::kExclusive,
-                                     std::move(value));
+  auto contender =
+      detail::contender(state_, "/elections/", name, ttl, detail::kExclusive, std::move(value));
   if (!contender) return contender.error();
   auto owned = contender->acquire(ctx);
   if (!owned) return owned.error();
@@ -7266,9 +7255,10 @@ COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context c
                                                   detail::Safety::Read, ctx);
     if (!all) return all.error();
     auto& kvs = all->kvs;
-    kvs.erase(std::remove_if(kvs.begin(), kvs.end(), [&](const KeyValue& kv) {
-      return detail::of_another_queue(kv.key, range.key);
-    }), kvs.end());
+    kvs.erase(std::remove_if(
+                  kvs.begin(), kvs.end(),
+                  [&](const KeyValue& kv) { return detail::of_another_queue(kv.key, range.key); }),
+              kvs.end());
     first = std::move(all);
   }
   if (first->kvs.empty()) {
@@ -7413,8 +7403,9 @@ class Registration : public std::enable_shared_from_this<Registration> {
     strand_->close();
     // What is just being made sees that it has ended, and goes (leave_turn); here it is waited for.
     bool in_turn = turnstile_.enter(ctx);
-    auto done = in_turn ? end_in_turn(ctx) : context_error(ctx, key_ + " may still be there", "",
-                                                           Outcome::MaybeApplied);
+    auto done = in_turn
+                    ? end_in_turn(ctx)
+                    : context_error(ctx, key_ + " may still be there", "", Outcome::MaybeApplied);
     if (in_turn) turnstile_.leave();
     return done;
   }
@@ -7533,12 +7524,10 @@ class Registration : public std::enable_shared_from_this<Registration> {
 
   void tell(RegistrationEvent event) {
     std::lock_guard<std::mutex> lock(mutex_);
-    (*client_->log)(LogLevel::Info, "registration",
-                    {{"key", key_}, {"event", to_string(event)}});
+    (*client_->log)(LogLevel::Info, "registration", {{"key", key_}, {"event", to_string(event)}});
     if (!options_.on_event) return;
-    strand_->post([handler = options_.on_event, event, service = service_] {
-      handler(event, service);
-    });
+    strand_->post(
+        [handler = options_.on_event, event, service = service_] { handler(event, service); });
   }
 
   void lost(const OwnedKey* which, const Error& error) {
@@ -7617,8 +7606,8 @@ class Registration : public std::enable_shared_from_this<Registration> {
       auto holder = kvs.empty() ? 0 : kvs.front().lease;
       if (holder == lease->id) return kvs.front().mod_revision;  // an earlier attempt did it
       if (!kvs.empty() && !old.is_ours(holder)) return 0;
-      mine = kvs.empty() ? Compare::missing(key_)
-                         : Compare::lease(key_, Compare::Is::Equal, holder);
+      mine =
+          kvs.empty() ? Compare::missing(key_) : Compare::lease(key_, Compare::Is::Equal, holder);
     }
   }
 
@@ -7837,8 +7826,7 @@ COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std:
   return services;
 }
 
-COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name,
-                                                                    Context ctx) {
+COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name, Context ctx) {
   return watch(std::move(name), WatchOptions{}, std::move(ctx));
 }
 
@@ -8059,9 +8047,8 @@ COORDINATION_API Result<void> ConfigCenter::set(std::string key, const nlohmann:
   auto done = state_->client->ask<PutResponse>("/v3/kv/put", detail::wire::body(put),
                                                detail::Safety::Write, ctx);
   if (done) return {};
-  auto settled = detail::settle(*state_->client, path, done.error(), ctx, [&](const KeyValue* kv) {
-    return kv && kv->value == *bytes;
-  });
+  auto settled = detail::settle(*state_->client, path, done.error(), ctx,
+                                [&](const KeyValue* kv) { return kv && kv->value == *bytes; });
   if (!settled) return settled.error();
   return {};
 }
@@ -8130,8 +8117,7 @@ COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key,
 }
 
 COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key,
-                                                                WatchOptions options,
-                                                                Context ctx) {
+                                                                WatchOptions options, Context ctx) {
   auto plan = detail::config_key_plan(*state_, key, options);
   if (!plan) return plan.error();
   return detail::open_watch(*plan, ctx);
@@ -8469,9 +8455,8 @@ COORDINATION_API Result<void> close() {
     attempt = globals.attempts;
     coordinator.swap(globals.coordinator);
   }
-  globals.gate.wait(Context::with_timeout(milliseconds(500)), [&] {
-    return !globals.connecting || globals.attempts != attempt;
-  });
+  globals.gate.wait(Context::with_timeout(milliseconds(500)),
+                    [&] { return !globals.connecting || globals.attempts != attempt; });
   if (!coordinator) return {};
   return coordinator->close();
 }
@@ -8481,8 +8466,8 @@ COORDINATION_API Result<Lock> acquire_lock(std::string key, milliseconds ttl, Co
 }
 
 COORDINATION_API Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx) {
-  return detail::with_default(
-      ctx, [&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
+  return detail::with_default(ctx,
+                              [&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
 }
 
 COORDINATION_API Result<void> register_service(ServiceInfo service, Context ctx) {
@@ -8491,13 +8476,13 @@ COORDINATION_API Result<void> register_service(ServiceInfo service, Context ctx)
 }
 
 COORDINATION_API Result<void> unregister_service(std::string id, Context ctx) {
-  return detail::with_default(
-      ctx, [&](Coordinator& c) { return c.registry().unregister(id, ctx); });
+  return detail::with_default(ctx,
+                              [&](Coordinator& c) { return c.registry().unregister(id, ctx); });
 }
 
 COORDINATION_API Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx) {
-  return detail::with_default(
-      ctx, [&](Coordinator& c) { return c.registry().discover(name, ctx); });
+  return detail::with_default(ctx,
+                              [&](Coordinator& c) { return c.registry().discover(name, ctx); });
 }
 
 COORDINATION_API Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx) {
@@ -8527,10 +8512,11 @@ COORDINATION_API Result<Watch<ConfigEvent>> watch_config(std::string key, Contex
   return detail::with_default(ctx, [&](Coordinator& c) { return c.config().watch(key, ctx); });
 }
 
-COORDINATION_API Result<Subscription> watch_config(
-    std::string key, std::function<void(const ConfigEvent&)> handler, Context ctx) {
-  return detail::with_default(
-      ctx, [&](Coordinator& c) { return c.config().watch(key, handler, ctx); });
+COORDINATION_API Result<Subscription> watch_config(std::string key,
+                                                   std::function<void(const ConfigEvent&)> handler,
+                                                   Context ctx) {
+  return detail::with_default(ctx,
+                              [&](Coordinator& c) { return c.config().watch(key, handler, ctx); });
 }
 
 COORDINATION_API Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx) {
@@ -9601,7 +9587,7 @@ class Store {
     limit = (std::min)({limit, stream.ctx.deadline().value_or(limit), now + std::chrono::hours(1)});
     const auto expiry = mvcc_.next_expiry();
     return expiry == (Mvcc::TimePoint::max)() ? limit
-                                            : (std::min)(limit, now + (expiry - clock_->now()));
+                                              : (std::min)(limit, now + (expiry - clock_->now()));
   }
 
   /// The last words of a stream that was ended from outside.

@@ -1,5 +1,7 @@
 // Includes it twice.
 #include "coordination.hpp"
+
+// Once more.
 #include "coordination.hpp"
 
 std::string from_b();

@@ -124,22 +124,14 @@ class Generator {
     if (chance(70)) compare.erase("range_end");
     compare["result"] = std::vector<const char*>{"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}[below(4)];
     switch (below(5)) {
-      case 0:
-        compare["target"] = "VERSION", compare["version"] = std::to_string(below(4));
-        break;
+      case 0: compare["target"] = "VERSION", compare["version"] = std::to_string(below(4)); break;
       case 1:
         compare["target"] = "CREATE";
         compare["create_revision"] = chance(50) ? "0" : revision(now);
         break;
-      case 2:
-        compare["target"] = "MOD", compare["mod_revision"] = revision(now);
-        break;
-      case 3:
-        compare["target"] = "VALUE", compare["value"] = b64(value());
-        break;
-      default:
-        compare["target"] = "LEASE", compare["lease"] = chance(50) ? "0" : lease();
-        break;
+      case 2: compare["target"] = "MOD", compare["mod_revision"] = revision(now); break;
+      case 3: compare["target"] = "VALUE", compare["value"] = b64(value()); break;
+      default: compare["target"] = "LEASE", compare["lease"] = chance(50) ? "0" : lease(); break;
     }
     return compare;
   }
@@ -191,12 +183,9 @@ struct Totals {
 class Comparison {
  public:
   Comparison(Subject& real, std::uint64_t seed)
-      : subject_(real),
-        memory_(std::make_shared<coordination::MemoryEtcd>(), "http://memory"),
-        real_(real.gateway()),
-        prefix_("d" + std::to_string(seed) + real.prefix()),
-        lease_(1000000 + 10 * static_cast<std::int64_t>(seed)),
-        generate_(seed, prefix_, lease_) {}
+      : subject_(real), memory_(std::make_shared<coordination::MemoryEtcd>(), "http://memory"),
+        real_(real.gateway()), prefix_("d" + std::to_string(seed) + real.prefix()),
+        lease_(1000000 + 10 * static_cast<std::int64_t>(seed)), generate_(seed, prefix_, lease_) {}
 
   const Totals& totals() const { return totals_; }
 

@@ -147,10 +147,8 @@ class MemorySubject : public Subject {
 class RealSubject : public Subject {
  public:
   RealSubject(std::string binary, int number)
-      : Subject("etcd " + text(number), number, false),
-        binary_(std::move(binary)),
-        server_(options(binary_)),
-        transport_(coordination::make_default_transport()) {}
+      : Subject("etcd " + text(number), number, false), binary_(std::move(binary)),
+        server_(options(binary_)), transport_(coordination::make_default_transport()) {}
   Gateway gateway() override { return {transport_, server_.url()}; }
   std::unique_ptr<Subject> fresh() override {
     return std::make_unique<RealSubject>(binary_, version());

@@ -124,10 +124,8 @@ struct Chaos {
 Result<Lock> attempt(Coordinator& client, std::mt19937& random) {
   const auto some = milliseconds(random() % 30);
   switch (random() % 4) {
-    case 0:
-      return client.lock().acquire("c", kTtl, Context::with_timeout(some));
-    case 1:
-      return client.lock().try_acquire("c", kTtl);
+    case 0: return client.lock().acquire("c", kTtl, Context::with_timeout(some));
+    case 1: return client.lock().try_acquire("c", kTtl);
     case 2: {
       Context ctx;
       std::thread canceller([&] {
@@ -138,8 +136,7 @@ Result<Lock> attempt(Coordinator& client, std::mt19937& random) {
       canceller.join();
       return lock;
     }
-    default:
-      return client.lock().acquire("c", kTtl, Context::with_timeout(lenient(20s)));
+    default: return client.lock().acquire("c", kTtl, Context::with_timeout(lenient(20s)));
   }
 }
 

@@ -288,38 +288,37 @@ TEST_CASE_FIXTURE(Standstill, "SIGSTOP: every call ends at its deadline with Tim
   check_timeout("guarded commit", [&](Context ctx) {
     return lock.commit(Txn{}.then(Op::put("k", "v")), ctx).error();
   });
-  check_timeout("shared", [&](Context ctx) {
-    return c.lock().acquire_shared("y", 5s, ctx).error();
-  });
-  check_timeout("permit", [&](Context ctx) {
-    return c.lock().semaphore("y", 2).acquire(5s, ctx).error();
-  });
+  check_timeout("shared",
+                [&](Context ctx) { return c.lock().acquire_shared("y", 5s, ctx).error(); });
+  check_timeout("permit",
+                [&](Context ctx) { return c.lock().semaphore("y", 2).acquire(5s, ctx).error(); });
   check_timeout("with_lock", [&](Context ctx) {
-    return c.lock().with_lock("y", 5s, [](Lock&) {}, ctx).error();
+    return c.lock()
+        .with_lock(
+            "y", 5s, [](Lock&) {}, ctx)
+        .error();
   });
-  check_timeout("campaign", [&](Context ctx) {
-    return c.election().campaign("e", "me", 5s, ctx).error();
-  });
+  check_timeout("campaign",
+                [&](Context ctx) { return c.election().campaign("e", "me", 5s, ctx).error(); });
   check_timeout("leader", [&](Context ctx) { return c.election().leader("e", ctx).error(); });
   check_timeout("observe", [&](Context ctx) { return c.election().observe("e", ctx).error(); });
   check_timeout("proclaim", [&](Context ctx) { return office.proclaim("you", ctx).error(); });
   check_timeout("resign", [&](Context ctx) { return second.resign(ctx).error(); });
   check_timeout("get_entry", [&](Context ctx) { return c.config().get_entry("k", ctx).error(); });
   check_timeout("get_as", [&](Context ctx) { return c.config().get_as<int>("k", ctx).error(); });
-  check_timeout("compare_and_set", [&](Context ctx) {
-    return c.config().compare_and_set("k", 1, 2, ctx).error();
-  });
+  check_timeout("compare_and_set",
+                [&](Context ctx) { return c.config().compare_and_set("k", 1, 2, ctx).error(); });
   check_timeout("config remove", [&](Context ctx) { return c.config().remove("k", ctx).error(); });
   check_timeout("watch_prefix",
                 [&](Context ctx) { return c.config().watch_prefix("", ctx).error(); });
   check_timeout("watch, called back",
                 [&](Context ctx) { return c.config().watch("k", handler, ctx).error(); });
-  check_timeout("service watch", [&](Context ctx) { return c.registry().watch("web", ctx).error(); });
+  check_timeout("service watch",
+                [&](Context ctx) { return c.registry().watch("web", ctx).error(); });
   check_timeout("update", [&](Context ctx) { return c.registry().update("1", {}, ctx).error(); });
   check_timeout("config view", [&](Context ctx) { return c.config().view("", ctx).error(); });
-  check_timeout("wait_for", [&](Context ctx) {
-    return view.wait_for(view.revision() + 1000, ctx).error();
-  });
+  check_timeout("wait_for",
+                [&](Context ctx) { return view.wait_for(view.revision() + 1000, ctx).error(); });
   check_timeout("get", [&](Context ctx) { return c.client().get("k", ctx).error(); });
   check_timeout("put", [&](Context ctx) { return c.client().put("k", "v", ctx).error(); });
   check_timeout("remove", [&](Context ctx) { return c.client().remove("k", ctx).error(); });

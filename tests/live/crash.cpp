@@ -45,9 +45,8 @@ TEST_CASE_FIXTURE(Fixture,
   REQUIRE(registered());
   CHECK_FALSE(coordinator.lock().try_acquire("x", 10s));
   Result<Lock> lock = Error{};
-  std::thread waiter([&] {
-    lock = coordinator.lock().acquire("x", 10s, Context::with_timeout(lenient(20s)));
-  });
+  std::thread waiter(
+      [&] { lock = coordinator.lock().acquire("x", 10s, Context::with_timeout(lenient(20s))); });
   const Etcdctl ctl(shared_etcd());
   const auto queue = options.key_prefix + "/locks/x/";
   const bool queued = wait_until([&] { return ctl.keys(queue).size() == 2; }, lenient(5s));

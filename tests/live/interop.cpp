@@ -143,8 +143,8 @@ TEST_CASE_FIXTURE(Fixture, "interop: configuration values, both ways") {
 TEST_CASE_FIXTURE(Fixture, "examples: the same program on a real etcd [slow]") {
   const auto folder = std::filesystem::read_symlink("/proc/self/exe").parent_path().parent_path();
   int ran = 0;
-  for (const char* name : {"quickstart", "lock", "registry", "config_live", "election",
-                           "custom_transport"}) {
+  for (const char* name :
+       {"quickstart", "lock", "registry", "config_live", "election", "custom_transport"}) {
     const auto program = folder / "examples" / name;
     CAPTURE(program.string());
     REQUIRE(std::filesystem::exists(program));

@@ -13,6 +13,7 @@ void read_it_again();
 void try_again_later();
 void work(Lock& lock);
 
-#define FRAGMENT_PARAMETERS                                                             \
-  [[maybe_unused]] Coordinator &c, [[maybe_unused]] Lock &lock,                         \
-      [[maybe_unused]] const CoordinatorOptions &options, [[maybe_unused]] const std::string &password
+#define FRAGMENT_PARAMETERS                                     \
+  [[maybe_unused]] Coordinator &c, [[maybe_unused]] Lock &lock, \
+      [[maybe_unused]] const CoordinatorOptions &options,       \
+      [[maybe_unused]] const std::string &password

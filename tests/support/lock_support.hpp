@@ -277,10 +277,7 @@ class QueueModel {
 
   QueueModel(Rule rule, std::vector<coordination::Coordinator>& clients, Onlooker& onlooker,
              const std::string& prefix, std::string name, unsigned seed)
-      : rule_(rule),
-        clients_(clients),
-        onlooker_(onlooker),
-        name_(std::move(name)),
+      : rule_(rule), clients_(clients), onlooker_(onlooker), name_(std::move(name)),
         path_(prefix + (rule.permits > 0 ? "/semaphores/" : "/locks/") + name_ + "/"),
         random_(seed) {}
 
@@ -343,24 +340,15 @@ class QueueModel {
     switch (pick(12)) {
       case 0:
       case 1:
-      case 2:
-        return join();
-      case 3:
-        return queue_.empty() ? join() : unlock();
-      case 4:
-        return time_out();
-      case 5:
-        return waiters ? cancel() : join();
-      case 6:
-        return waiters ? harm_waiter() : join();
-      case 7:
-        return queue_.empty() ? join() : harm_holder();
-      case 8:
-        return waiters ? race_with_cancel() : join();
-      case 9:
-        return waiters ? race_with_harm() : join();
-      default:
-        return try_it();
+      case 2: return join();
+      case 3: return queue_.empty() ? join() : unlock();
+      case 4: return time_out();
+      case 5: return waiters ? cancel() : join();
+      case 6: return waiters ? harm_waiter() : join();
+      case 7: return queue_.empty() ? join() : harm_holder();
+      case 8: return waiters ? race_with_cancel() : join();
+      case 9: return waiters ? race_with_harm() : join();
+      default: return try_it();
     }
   }
 

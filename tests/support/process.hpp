@@ -103,10 +103,8 @@ class Process {
     close(out);
   }
   Process(Process&& other) noexcept
-      : pid_(std::exchange(other.pid_, -1)),
-        exit_code_(other.exit_code_),
-        pipe_(std::exchange(other.pipe_, -1)),
-        buffer_(std::move(other.buffer_)) {}
+      : pid_(std::exchange(other.pid_, -1)), exit_code_(other.exit_code_),
+        pipe_(std::exchange(other.pipe_, -1)), buffer_(std::move(other.buffer_)) {}
   Process& operator=(Process&&) = delete;
   ~Process() {
     kill9();

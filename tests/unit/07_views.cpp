@@ -187,8 +187,7 @@ TEST_CASE("views: a quiet one notices, too, that etcd has come back empty") {
   request.key = "/config/a/old";
   auto raw = s.c.client().watch(request).value();
   std::atomic<int> heard{0};
-  const auto busy =
-      s.c.config().watch("busy", [&](const ConfigEvent&) { ++heard; }).value();
+  const auto busy = s.c.config().watch("busy", [&](const ConfigEvent&) { ++heard; }).value();
   for (int i = 0; i < 50; ++i) s.d.config().set("busy", i).value();
   CHECK(eventually([&] { return heard == 50; }));
   s.etcd->restart_empty();

@@ -280,8 +280,9 @@ TEST_CASE_FIXTURE(Fixture, "view: that it has ended is told to those who wait") 
   std::thread waiting([&] { told = view.wait_for(20); });
   const auto stream = gateway->next_stream();
   REQUIRE(stream);
-  stream->send(refused_line("rpc error: code = PermissionDenied desc = "
-                            "etcdserver: permission denied"));
+  stream->send(
+      refused_line("rpc error: code = PermissionDenied desc = "
+                   "etcdserver: permission denied"));
   waiting.join();
   REQUIRE_FALSE(told);
   CHECK(told.error().code == ErrorCode::PermissionDenied);

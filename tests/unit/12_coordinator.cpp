@@ -255,8 +255,8 @@ TEST_CASE("close: it may be repeated, and every service answers Cancelled from t
 }
 
 TEST_CASE("close: within a second, whatever the transport does") {
-  const auto within_a_second = [](const Answer& hang, const std::function<void(
-                                                          std::unique_ptr<Coordinator>&)>& end) {
+  const auto within_a_second = [](const Answer& hang,
+                                  const std::function<void(std::unique_ptr<Coordinator>&)>& end) {
     const auto etcd = std::make_shared<ScriptedTransport>();
     etcd->always("/v3/lease/grant",
                  [](const HttpRequest& request, const auto&, const auto&) -> Result<HttpResponse> {

@@ -21,9 +21,9 @@ enum class Fault {
   NoLeader,
   TokenDead,
   Delayed,
-  StreamsCut,     // in the middle of a line
-  StreamsEnded,   // well
-  Partitioned,    // until the scenario is over
+  StreamsCut,    // in the middle of a line
+  StreamsEnded,  // well
+  Partitioned,   // until the scenario is over
   Compacted,
   LeasesExpired,  // all that the actor has
   Emptied         // etcd comes back without its data
@@ -53,32 +53,17 @@ class Sweeper : public Transport {
       return etcd_->perform(request, sink, ctx);
     }
     switch (fault_) {
-      case Fault::Refused:
-        return failed(Outcome::NotApplied);
-      case Fault::ReplyLost:
-        return lose_reply(request, ctx);
+      case Fault::Refused: return failed(Outcome::NotApplied);
+      case Fault::ReplyLost: return lose_reply(request, ctx);
       case Fault::NoLeader:
         return HttpResponse{503, R"({"code":14, "message":"etcdserver: no leader"})"};
-      case Fault::TokenDead:
-        etcd_->invalidate_tokens();
-        break;
-      case Fault::Delayed:
-        std::this_thread::sleep_for(3ms);
-        break;
-      case Fault::StreamsCut:
-        return cut(request, sink, ctx);
-      case Fault::StreamsEnded:
-        etcd_->cut_streams();
-        break;
-      case Fault::Partitioned:
-        cut_off();
-        break;
-      case Fault::Compacted:
-        etcd_->compact();
-        break;
-      case Fault::LeasesExpired:
-        expire_leases();
-        break;
+      case Fault::TokenDead: etcd_->invalidate_tokens(); break;
+      case Fault::Delayed: std::this_thread::sleep_for(3ms); break;
+      case Fault::StreamsCut: return cut(request, sink, ctx);
+      case Fault::StreamsEnded: etcd_->cut_streams(); break;
+      case Fault::Partitioned: cut_off(); break;
+      case Fault::Compacted: etcd_->compact(); break;
+      case Fault::LeasesExpired: expire_leases(); break;
       case Fault::Emptied:
         etcd_->restart_empty();
         wiped_ = true;
@@ -498,9 +483,9 @@ bool hears(World& world, Watch<Event>& watch, Says says) {
   }
 }
 
-/// What is heard while somebody else writes. Where all data was lost it is written until it is heard:
-/// it may have been lost with the rest, or stand at the revision of what was heard before, and then
-/// nobody can tell it from that.
+/// What is heard while somebody else writes. Where all data was lost it is written until it is
+/// heard: it may have been lost with the rest, or stand at the revision of what was heard before,
+/// and then nobody can tell it from that.
 template <class Event>
 void follow(World& world, Watch<Event>& watch, const std::function<void(int)>& write,
             const std::function<bool(const Event&, int)>& says) {
