@@ -56,7 +56,7 @@ case $check in
     no_symbols empty.o
     ;;
   implementation)  # optimised: some warnings come only then
-    compile implementation.o "$here/implementation.cpp" "${compiled[@]}" -O1
+    compile implementation.o "$here/implementation.cpp" "${compiled[@]}" -O2
     ;;
   odr)
     compile odr_a.o "$here/odr_a.cpp"
