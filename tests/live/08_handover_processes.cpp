@@ -127,7 +127,7 @@ TEST_CASE("handover: many times as many a second as etcd's own lock service [slo
   };
   for (const Goal goal : {Goal{2, 10}, Goal{10, 3}}) {
     double best = 0;
-    for (int round = 0; round < 6 && best < goal.times && !(sanitized() && round > 0); ++round) {
+    for (int round = 0; round < 10 && best < goal.times && !(sanitized() && round > 0); ++round) {
       const auto ours = rate("handover-contend", unique_prefix(), goal.contenders);
       const auto theirs = rate("handover-contend-etcd", unique_prefix(), goal.contenders);
       MESSAGE(goal.contenders << " contenders: " << ours << " hand-overs/s, etcd's lock service "
