@@ -1546,8 +1546,8 @@ struct Gate {
 /// Waits for `time`; false if `ctx` was done first.
 COORDINATION_API bool pause(const Context& ctx, milliseconds time) {
   Gate gate;
-  gate.wait(
-      ctx, [] { return false; }, steady_clock::now() + time);
+  auto never = [] { return false; };
+  gate.wait(ctx, never, steady_clock::now() + time);
   return !ctx.done();
 }
 
@@ -7255,10 +7255,8 @@ COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context c
                                                   detail::Safety::Read, ctx);
     if (!all) return all.error();
     auto& kvs = all->kvs;
-    kvs.erase(std::remove_if(
-                  kvs.begin(), kvs.end(),
-                  [&](const KeyValue& kv) { return detail::of_another_queue(kv.key, range.key); }),
-              kvs.end());
+    auto foreign = [&](const KeyValue& kv) { return detail::of_another_queue(kv.key, range.key); };
+    kvs.erase(std::remove_if(kvs.begin(), kvs.end(), foreign), kvs.end());
     first = std::move(all);
   }
   if (first->kvs.empty()) {

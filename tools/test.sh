@@ -73,7 +73,7 @@ finish_background() {
   local status=0
   wait "$job" || status=$?
   job=
-  ((status == 0)) || cat "$build/background.log"
+  cat "$build/background.log"  # also for what it has skipped
   return "$status"
 }
 

@@ -293,10 +293,8 @@ TEST_CASE_FIXTURE(Standstill, "SIGSTOP: every call ends at its deadline with Tim
   check_timeout("permit",
                 [&](Context ctx) { return c.lock().semaphore("y", 2).acquire(5s, ctx).error(); });
   check_timeout("with_lock", [&](Context ctx) {
-    return c.lock()
-        .with_lock(
-            "y", 5s, [](Lock&) {}, ctx)
-        .error();
+    const auto nothing = [](Lock&) {};
+    return c.lock().with_lock("y", 5s, nothing, ctx).error();
   });
   check_timeout("campaign",
                 [&](Context ctx) { return c.election().campaign("e", "me", 5s, ctx).error(); });

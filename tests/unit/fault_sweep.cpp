@@ -80,7 +80,9 @@ class Sweeper : public Transport {
   /// Whether it takes away what etcd has said yes to.
   bool destroys() const { return fault_ == Fault::LeasesExpired || fault_ == Fault::Emptied; }
   bool reached() const { return count_ >= first_; }
+  /// Whether data was lost since begin_writing(); what is lost before anything is there is no loss.
   bool wiped() const { return wiped_; }
+  void begin_writing() { wiped_ = false; }
 
  private:
   static Error failed(Outcome outcome) {
@@ -483,12 +485,13 @@ bool hears(World& world, Watch<Event>& watch, Says says) {
   }
 }
 
-/// What is heard while somebody else writes. Where all data was lost it is written until it is
-/// heard: it may have been lost with the rest, or stand at the revision of what was heard before,
-/// and then nobody can tell it from that.
+/// What is heard while somebody else writes. Where all data is lost meanwhile it is written until
+/// it is heard: it may have been lost with the rest, or stand at the revision of what was heard
+/// before, and then nobody can tell it from that.
 template <class Event>
 void follow(World& world, Watch<Event>& watch, const std::function<void(int)>& write,
             const std::function<bool(const Event&, int)>& says) {
+  world.sweeper->begin_writing();
   for (int i = 1; i <= 4; ++i) {
     CHECK(eventually([&] {
       write(i);
