@@ -3708,6 +3708,19 @@ class Members {
 class LeaseKeeper;
 class WatchHub;
 
+/// A unary request.
+struct Call {
+  const char* path;
+  std::string what;  // for errors: "the put of <key>"
+  std::string body;
+  Safety safety;
+};
+
+COORDINATION_API std::string describe(const Txn& txn) {
+  if (!txn.compare.empty()) return "transaction on " + txn.compare.front().key;
+  return "transaction of " + std::to_string(txn.success.size()) + " operations";
+}
+
 struct Reply {
   std::string body;
   std::string endpoint;
@@ -3727,21 +3740,41 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   std::shared_ptr<WatchHub> watches;    // of section 7
   std::unique_ptr<Members> members;
 
-  /// One unary call, repeated as RetryConfig and `safety` allow.
+  /// One unary call, repeated as RetryConfig and its safety allow.
   /// `accept` says whether the body of a success is etcd's.
   using Accept = std::function<bool(const std::string&)>;
-  Result<Reply> call(const char* path, const std::string& body, Safety safety, const Context& ctx,
-                     const Accept& accept, bool with_token = true);
+  Result<Reply> call(const Call& call, const Context& ctx, const Accept& accept,
+                     bool with_token = true);
 
   /// The same, decoded.
   template <class T>
-  Result<T> ask(const char* path, const std::string& body, Safety safety, const Context& ctx) {
+  Result<T> ask(const Call& request, const Context& ctx, bool* repeated = nullptr) {
     T decoded;
-    auto reply = call(path, body, safety, ctx, [&](const std::string& answer) {
+    auto reply = call(request, ctx, [&](const std::string& answer) {
       return wire::decode_reply(answer, decoded);
     });
     if (!reply) return reply.error();
+    if (repeated) *repeated = reply->repeated;
     return decoded;
+  }
+  Result<RangeResponse> read(const RangeRequest& request, const Context& ctx) {
+    return ask<RangeResponse>(
+        {"/v3/kv/range", "the read of " + request.key, wire::body(request), Safety::Read}, ctx);
+  }
+  Result<PutResponse> put(const PutRequest& request, const Context& ctx) {
+    return ask<PutResponse>(
+        {"/v3/kv/put", "the put of " + request.key, wire::body(request), Safety::Write}, ctx);
+  }
+  Result<RemoveResponse> remove(const RemoveRequest& request, const Context& ctx) {
+    return ask<RemoveResponse>(
+        {"/v3/kv/deleterange", "the removal of " + request.key, wire::body(request), Safety::Write},
+        ctx);
+  }
+  /// `repeated`: an earlier attempt may have been applied, too.
+  Result<TxnResponse> commit(const Txn& txn, Safety safety, const Context& ctx,
+                             bool* repeated = nullptr) {
+    return ask<TxnResponse>({"/v3/kv/txn", "the " + describe(txn), wire::body(txn), safety}, ctx,
+                            repeated);
   }
 
   /// Where a stream was sent, and with which token.
@@ -3753,17 +3786,6 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   };
   /// What an error in a stream means; draws the conclusions for member and token.
   Verdict refused(StreamPlace& place, const wire::EtcdError& error);
-
-  Result<TxnResponse> commit(const Txn& txn, Safety safety, const Context& ctx,
-                             bool* repeated = nullptr) {
-    TxnResponse decoded;
-    auto reply = call("/v3/kv/txn", wire::body(txn), safety, ctx, [&](const std::string& answer) {
-      return wire::decode_reply(answer, decoded);
-    });
-    if (!reply) return reply.error();
-    if (repeated) *repeated = reply->repeated;
-    return decoded;
-  }
 
   /// A call of several requests has one time limit.
   Context bounded(const Context& ctx) const {
@@ -3803,9 +3825,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
 /// The attempts of one call.
 struct Attempts {
   ClientState& client;
-  const char* path;
-  const std::string& body;
-  Safety safety;
+  const Call& call;
   const Context& ctx;  // the caller's
   const ClientState::Accept& accept;
   bool with_token;
@@ -3818,9 +3838,9 @@ struct Attempts {
   bool logged_in_again{false};
   std::optional<Error> last{};
 
-  Attempts(ClientState& c, const char* p, const std::string& b, Safety s, const Context& x,
-           const ClientState::Accept& a, bool t)
-      : client(c), path(p), body(b), safety(s), ctx(x), accept(a), with_token(t),
+  Attempts(ClientState& c, const Call& request, const Context& x, const ClientState::Accept& a,
+           bool t)
+      : client(c), call(request), ctx(x), accept(a), with_token(t),
         backoff(c.options.retry_config.initial_delay, c.options.retry_config.max_delay,
                 c.options.retry_config.multiplier) {
     deadline = ctx.deadline().value_or(steady_clock::now() + client.options.timeout);
@@ -3855,9 +3875,10 @@ struct Attempts {
       generation = login->generation;
     }
     auto member = client.members->choose();
-    auto context = client.attempt_context(ctx, deadline, safety);
+    auto context = client.attempt_context(ctx, deadline, call.safety);
     auto sent = steady_clock::now();
-    auto response = client.perform(client.request(member, path, body, token), nullptr, context);
+    auto response =
+        client.perform(client.request(member, call.path, call.body, token), nullptr, context);
     bool served = response && response->status == 200 && accept(response->body);
     if (served) {
       client.members->succeeded(member);
@@ -3895,10 +3916,10 @@ struct Attempts {
   /// Whether there is to be another attempt; waits until it is time.
   bool go_on(const Error& error) {
     last = error;
-    bool unknown = verdict.applied_unknown && safety != Safety::Read;
+    bool unknown = verdict.applied_unknown && call.safety != Safety::Read;
     if (unknown) maybe = true;
     if (verdict.next == Verdict::Next::Stop) return false;
-    if (unknown && safety == Safety::Write) return false;
+    if (unknown && call.safety == Safety::Write) return false;
     if (verdict.next == Verdict::Next::Login) {
       bool again = !logged_in_again && with_token && !client.options.username.empty();
       logged_in_again = true;
@@ -3928,16 +3949,15 @@ struct Attempts {
     auto code =
         ctx.cancelled() || client.open.cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
     auto what = client.open.cancelled() ? std::string("the coordinator is closed")
-                                        : std::string("etcd did not answer ") + path + " in time";
+                                        : "etcd did not answer " + call.what + " in time";
     if (ctx.cancelled()) what = "the call was cancelled";
     return make_error(code, what, cause, outcome());
   }
 };
 
-COORDINATION_API Result<Reply> ClientState::call(const char* path, const std::string& body,
-                                                 Safety safety, const Context& ctx,
+COORDINATION_API Result<Reply> ClientState::call(const Call& request, const Context& ctx,
                                                  const Accept& accept, bool with_token) {
-  return Attempts(*this, path, body, safety, ctx, accept, with_token).run();
+  return Attempts(*this, request, ctx, accept, with_token).run();
 }
 
 /// An attempt that may be repeated leaves time for the other members.
@@ -4072,7 +4092,8 @@ COORDINATION_API Result<ClientState::Login> ClientState::authenticate(const Cont
   auto is_token = [&](const std::string& answer) {
     return wire::decode_reply(answer, token) && !token.text.empty();
   };
-  auto reply = call("/v3/auth/authenticate", body, Safety::Read, ctx, is_token, false);
+  auto reply =
+      call({"/v3/auth/authenticate", "the login", body, Safety::Read}, ctx, is_token, false);
   if (!reply) {
     bool off = reply.error().cause.find("authentication is not enabled") != std::string::npos;
     if (off) return fresh;
@@ -4185,8 +4206,7 @@ COORDINATION_API Error empty_key() { return invalid("a key is empty"); }
 
 COORDINATION_API Result<RangeResponse> Client::range(RangeRequest request, Context ctx) {
   if (request.key.empty() && request.range_end.empty()) return detail::empty_key();
-  return state_->ask<RangeResponse>("/v3/kv/range", detail::wire::body(request),
-                                    detail::Safety::Read, ctx);
+  return state_->read(request, ctx);
 }
 
 COORDINATION_API Result<PutResponse> Client::put(std::string key, std::string value, Context ctx) {
@@ -4198,8 +4218,7 @@ COORDINATION_API Result<PutResponse> Client::put(std::string key, std::string va
 
 COORDINATION_API Result<PutResponse> Client::put(PutRequest request, Context ctx) {
   if (request.key.empty()) return detail::empty_key();
-  return state_->ask<PutResponse>("/v3/kv/put", detail::wire::body(request), detail::Safety::Write,
-                                  ctx);
+  return state_->put(request, ctx);
 }
 
 COORDINATION_API Result<RemoveResponse> Client::remove(std::string key, Context ctx) {
@@ -4210,8 +4229,7 @@ COORDINATION_API Result<RemoveResponse> Client::remove(std::string key, Context 
 
 COORDINATION_API Result<RemoveResponse> Client::remove(RemoveRequest request, Context ctx) {
   if (request.key.empty() && request.range_end.empty()) return detail::empty_key();
-  return state_->ask<RemoveResponse>("/v3/kv/deleterange", detail::wire::body(request),
-                                     detail::Safety::Write, ctx);
+  return state_->remove(request, ctx);
 }
 
 COORDINATION_API Result<TxnResponse> Client::commit(Txn txn, Context ctx) {
@@ -4219,9 +4237,10 @@ COORDINATION_API Result<TxnResponse> Client::commit(Txn txn, Context ctx) {
 }
 
 COORDINATION_API Result<void> Client::compact(std::int64_t revision, Context ctx) {
-  auto done = state_->ask<detail::wire::Nothing>("/v3/kv/compaction",
-                                                 detail::wire::compaction_body(revision),
-                                                 detail::Safety::Idempotent, ctx);
+  auto done = state_->ask<detail::wire::Nothing>(
+      {"/v3/kv/compaction", "the compaction", detail::wire::compaction_body(revision),
+       detail::Safety::Idempotent},
+      ctx);
   if (done || done.error().code == ErrorCode::Compacted) return {};
   return done.error();
 }
@@ -4231,7 +4250,8 @@ COORDINATION_API Result<Status> Client::status(Context ctx) {
   auto is_status = [&](const std::string& answer) {
     return detail::wire::decode_reply(answer, status);
   };
-  auto reply = state_->call("/v3/maintenance/status", "{}", detail::Safety::Read, ctx, is_status);
+  auto reply = state_->call({"/v3/maintenance/status", "the status", "{}", detail::Safety::Read},
+                            ctx, is_status);
   if (!reply) return reply.error();
   status.endpoint = reply->endpoint;
   return status;
@@ -4434,8 +4454,10 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const C
   lease->client = client;
   lease->asked = ttl;
   auto sent = client->clock->now();
-  auto reply = client->ask<wire::LeaseReply>(
-      "/v3/lease/grant", wire::grant_body(id, seconds_up(ttl)), Safety::Idempotent, ctx);
+  auto reply =
+      client->ask<wire::LeaseReply>({"/v3/lease/grant", "the grant of a lease",
+                                     wire::grant_body(id, seconds_up(ttl)), Safety::Idempotent},
+                                    ctx);
   if (reply && reply->ttl > 0) {
     lease->renewed(sent, reply->ttl);
     bool slow = lease->deadline() - client->clock->now() < lease->ttl() / 2;
@@ -4514,8 +4536,9 @@ COORDINATION_API Result<void> LeaseKeeper::revoke(std::int64_t id, const Context
   auto client = client_.lock();
   if (!client) return closed_error();
   forget(id);
-  auto done =
-      client->ask<wire::Nothing>("/v3/lease/revoke", wire::lease_body(id), Safety::Idempotent, ctx);
+  auto done = client->ask<wire::Nothing>(
+      {"/v3/lease/revoke", "the revoking of a lease", wire::lease_body(id), Safety::Idempotent},
+      ctx);
   if (done || done.error().code == ErrorCode::NotFound) return {};
   return done.error();
 }
@@ -4685,7 +4708,8 @@ COORDINATION_API Result<void> LeaseKeeper::renew_now(const LeasePtr& lease, cons
     line = wire::decode_line<wire::LeaseReply>(answer);
     return line.index() != 0;
   };
-  auto reply = client->call("/v3/lease/keepalive", wire::lease_body(lease->id), Safety::Idempotent,
+  auto reply = client->call({"/v3/lease/keepalive", "the renewal of a lease",
+                             wire::lease_body(lease->id), Safety::Idempotent},
                             ctx, is_line);
   if (!reply) return reply.error();
   auto* answer = std::get_if<wire::LeaseReply>(&line);
@@ -4903,8 +4927,10 @@ COORDINATION_API void Lease::on_lost(std::function<void(const Error&)> handler) 
 namespace detail {
 /// What is left of a lease, as etcd says.
 COORDINATION_API Result<milliseconds> remaining(LeaseState& lease, const Context& ctx) {
-  auto reply = lease.client->ask<wire::LeaseReply>("/v3/lease/timetolive",
-                                                   wire::lease_body(lease.id), Safety::Read, ctx);
+  auto reply =
+      lease.client->ask<wire::LeaseReply>({"/v3/lease/timetolive", "the question for a lease",
+                                           wire::lease_body(lease.id), Safety::Read},
+                                          ctx);
   if (!reply) return reply.error();
   if (reply->ttl < 0) return lease_lost("etcd does not know it any more");
   return milliseconds(std::chrono::seconds(reply->ttl));
@@ -5757,8 +5783,7 @@ COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
   }
   range.limit = 1;
   range.keys_only = true;
-  auto now = client->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read,
-                                        Context::with_timeout(milliseconds(1000)));
+  auto now = client->read(range, Context::with_timeout(milliseconds(1000)));
   if (!now) {
     auto& executor = *client->executor;
     auto again = [weak = weak_from_this(), stream] {
@@ -5914,7 +5939,7 @@ COORDINATION_API Result<Records> read_pages(ClientState& client, RangeRequest re
   std::vector<KeyValue> kvs;
   request.limit = request.range_end.empty() ? 0 : kPage;
   while (true) {
-    auto page = client.ask<RangeResponse>("/v3/kv/range", wire::body(request), Safety::Read, ctx);
+    auto page = client.read(request, ctx);
     if (!page) return page.error();
     for (auto& kv : page->kvs) kvs.push_back(std::move(kv));
     if (request.revision == 0) request.revision = page->revision;
@@ -5987,7 +6012,7 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
     range.range_end = request_.range_end;
     range.limit = 1;
     range.keys_only = true;
-    auto now = client_->ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read, ctx);
+    auto now = client_->read(range, ctx);
     if (!now) return now.error();
     next = now->revision + 1;
   }
@@ -7246,13 +7271,11 @@ COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context c
   range.sort_order = SortOrder::Ascend;
   range.sort_target = SortTarget::Create;
   range.limit = 1;
-  auto first = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
-                                                  detail::Safety::Read, ctx);
+  auto first = state_->client->read(range, ctx);
   if (!first) return first.error();
   if (!first->kvs.empty() && detail::of_another_queue(first->kvs.front().key, range.key)) {
     range.limit = 0;
-    auto all = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
-                                                  detail::Safety::Read, ctx);
+    auto all = state_->client->read(range, ctx);
     if (!all) return all.error();
     auto& kvs = all->kvs;
     auto foreign = [&](const KeyValue& kv) { return detail::of_another_queue(kv.key, range.key); };
@@ -7911,7 +7934,7 @@ Result<std::int64_t> settle(ClientState& client, const std::string& key, const E
   if (error.outcome == Outcome::NotApplied || ctx.done()) return error;
   RangeRequest range;
   range.key = key;
-  auto now = client.ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read, ctx);
+  auto now = client.read(range, ctx);
   if (!now) return error;
   auto* kv = now->kvs.empty() ? nullptr : &now->kvs.front();
   if (settled(kv)) return kv ? kv->mod_revision : now->revision;
@@ -8020,8 +8043,7 @@ COORDINATION_API Result<ConfigEntry> ConfigCenter::get_entry(std::string key, Co
   if (!valid) return valid.error();
   RangeRequest range;
   range.key = state_->path("/config/", key);
-  auto found = state_->client->ask<RangeResponse>("/v3/kv/range", detail::wire::body(range),
-                                                  detail::Safety::Read, ctx);
+  auto found = state_->client->read(range, ctx);
   if (!found) return found.error();
   if (found->kvs.empty()) return detail::no_config(key);
   return detail::config_entry(found->kvs.front(), std::move(key));
@@ -8042,8 +8064,7 @@ COORDINATION_API Result<void> ConfigCenter::set(std::string key, const nlohmann:
   PutRequest put;
   put.key = path;
   put.value = *bytes;
-  auto done = state_->client->ask<PutResponse>("/v3/kv/put", detail::wire::body(put),
-                                               detail::Safety::Write, ctx);
+  auto done = state_->client->put(put, ctx);
   if (done) return {};
   auto settled = detail::settle(*state_->client, path, done.error(), ctx,
                                 [&](const KeyValue* kv) { return kv && kv->value == *bytes; });
@@ -8083,8 +8104,7 @@ COORDINATION_API Result<void> ConfigCenter::remove(std::string key, Context ctx)
   ctx = state_->client->bounded(ctx);
   RemoveRequest remove;
   remove.key = state_->path("/config/", key);
-  auto done = state_->client->ask<RemoveResponse>("/v3/kv/deleterange", detail::wire::body(remove),
-                                                  detail::Safety::Write, ctx);
+  auto done = state_->client->remove(remove, ctx);
   if (done && done->deleted > 0) return {};
   if (done) return detail::no_config(key);
   auto settled = detail::settle(*state_->client, remove.key, done.error(), ctx,
@@ -8304,7 +8324,7 @@ COORDINATION_API Result<void> knock(ClientState& client, const Context& ctx) {
   RangeRequest range;
   range.key = client.options.key_prefix + "/";
   range.keys_only = true;
-  auto answer = client.ask<RangeResponse>("/v3/kv/range", wire::body(range), Safety::Read, ctx);
+  auto answer = client.read(range, ctx);
   if (answer) return {};
   auto error = answer.error();
   if (error.cause.find("permission denied") != std::string::npos) return {};
