@@ -1852,7 +1852,9 @@ inline constexpr std::size_t kMaxStreams = 5;  // one of them only while others 
 struct Executor : std::enable_shared_from_this<Executor> {
   Timer timer;
   std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
-  std::shared_ptr<Lane> renewals{std::make_shared<Lane>(1)};    // nothing but lease renewals
+  std::shared_ptr<Lane> renewals{std::make_shared<Lane>(3)};  // nothing but lease renewals
+  std::shared_ptr<Lane> asides{std::make_shared<Lane>(3)};    // second attempts, and looks
+  std::shared_ptr<Lane> logins{std::make_shared<Lane>(1)};
   std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // tasks that are soon over
   std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams, false)};
 
@@ -1869,11 +1871,11 @@ struct Executor : std::enable_shared_from_this<Executor> {
 
   void stop(SteadyTime limit) {
     timer.stop();
-    for (Lane* lane : {renewals.get(), background.get(), streams.get(), callbacks.get()}) {
-      lane->stop();
-    }
+    auto inner = {renewals.get(), asides.get(), logins.get(), background.get(), streams.get()};
+    for (Lane* lane : inner) lane->stop();
+    callbacks->stop();
     timer.join(limit);
-    for (Lane* lane : {renewals.get(), background.get(), streams.get()}) lane->join(limit);
+    for (Lane* lane : inner) lane->join(limit);
     callbacks->join(std::nullopt);
   }
 };
@@ -2228,6 +2230,11 @@ COORDINATION_API std::int64_t header_revision(const Json& reply) {
   return number(member(reply, "header"), "revision");
 }
 
+/// The cluster that says it; 0: the answer does not tell.
+COORDINATION_API std::uint64_t cluster_id(const Json& reply) {
+  return static_cast<std::uint64_t>(number(member(reply, "header"), "cluster_id"));
+}
+
 // Requests.
 
 COORDINATION_API void set(Json& object, const char* name, std::int64_t value) {
@@ -2437,11 +2444,13 @@ COORDINATION_API void decode(const Json& json, TxnResponse& to) {
 struct LeaseReply {
   std::int64_t id{0};
   std::int64_t ttl{0};
+  std::uint64_t cluster{0};
 };
 
 COORDINATION_API void decode(const Json& json, LeaseReply& to) {
   to.id = number(json, "ID");
   to.ttl = number(json, "TTL");
+  to.cluster = cluster_id(json);
 }
 
 COORDINATION_API void decode(const Json& json, Status& to) {
@@ -2466,13 +2475,13 @@ COORDINATION_API void decode(const Json& json, Token& to) { to.text = text(json,
 struct Nothing {};
 COORDINATION_API void decode(const Json&, Nothing&) {}
 
-/// A unary reply of etcd; false if it is something else.
+/// A unary reply of etcd, and of which cluster; empty if it is something else.
 template <class Reply>
-bool decode_reply(std::string_view body, Reply& to) {
+std::optional<std::uint64_t> decode_reply(std::string_view body, Reply& to) {
   auto json = parse(body);
-  if (!json || !member(*json, "header").is_object()) return false;
+  if (!json || !member(*json, "header").is_object()) return std::nullopt;
   decode(*json, to);
-  return true;
+  return cluster_id(*json);
 }
 
 struct EtcdError {
@@ -3513,6 +3522,7 @@ struct Verdict {
   Next next{Next::Stop};
   bool member_failed{false};
   bool applied_unknown{false};
+  bool passing{false};  // nothing was done, and soon it may be: tried until the deadline
 };
 
 struct Rule {
@@ -3530,6 +3540,7 @@ COORDINATION_API const Rule* find_rule(const std::string& message) {
   static constexpr Rule kRules[] = {
       {"invalid auth token", Code::PermissionDenied, Next::Login, false, false},
       {"revision of auth store is old", Code::PermissionDenied, Next::Login, false, false},
+      {"revision in header is old", Code::PermissionDenied, Next::Login, false, false},
       {"user name is empty", Code::PermissionDenied, Next::Login, false, false},
       {"authentication failed", Code::PermissionDenied, Next::Stop, false, false},
       {"permission denied", Code::PermissionDenied, Next::Stop, false, false},
@@ -3579,6 +3590,7 @@ COORDINATION_API Verdict judge_error(const wire::EtcdError& error, const std::st
     verdict.next = rule->next;
     verdict.applied_unknown = rule->applied_unknown;
     verdict.member_failed = rule->member_failed;
+    verdict.passing = rule->code == ErrorCode::Unavailable && !rule->applied_unknown;
     return verdict;
   }
   verdict.error.code = code_of_grpc(error.code);
@@ -3629,6 +3641,7 @@ COORDINATION_API Verdict judge_transport(const Error& error) {
   verdict.applied_unknown = error.outcome == Outcome::MaybeApplied;
   verdict.member_failed = error.code != ErrorCode::Cancelled && error.code != ErrorCode::Validation;
   verdict.next = verdict.member_failed ? Verdict::Next::OtherMember : Verdict::Next::Stop;
+  verdict.passing = error.code == ErrorCode::Connection && !verdict.applied_unknown;
   return verdict;
 }
 
@@ -3642,44 +3655,90 @@ COORDINATION_API Error not_etcd(const std::string& endpoint, std::string_view bo
 /// longer the more often; after that one request tries it, and the others go on elsewhere.
 class Members {
  public:
-  explicit Members(std::vector<std::string> urls) {
-    for (auto& url : urls) members_.push_back({std::move(url), 0, {}});
+  Members(std::vector<std::string> urls, const Context& open) : open_(open) {
+    for (auto& url : urls) members_.push_back({std::move(url), Context::child_of(open)});
   }
 
   std::size_t size() const { return members_.size(); }
   const std::string& url(std::size_t i) const { return members_[i].url; }
+  /// Its url without the scheme.
+  std::string name(std::size_t i) const { return url(i).substr(url(i).find("//") + 2); }
 
   std::size_t choose() {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto now = steady_clock::now();
-    std::size_t best = current_;
-    for (std::size_t k = 0; k < members_.size(); ++k) {
-      std::size_t i = (current_ + k) % members_.size();
-      if (members_[i].rests_until <= now) {
-        best = i;
-        break;
-      }
-      if (members_[i].rests_until < members_[best].rests_until) best = i;
-    }
-    current_ = best;
-    if (members_[best].failures > 0) rest(members_[best], now);
-    return best;
+    current_ = best({}).value_or(current_);
+    auto& member = members_[current_];
+    if (member.failures > 0) rest(member, steady_clock::now());
+    return current_;
+  }
+  /// One that is not among `asked`.
+  std::optional<std::size_t> another(const std::vector<std::size_t>& asked) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return best(asked);
+  }
+  void prefer(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    current_ = i;
   }
 
   void succeeded(std::size_t i) {
     std::lock_guard<std::mutex> lock(mutex_);
     members_[i].failures = 0;
     members_[i].rests_until = {};
+    members_[i].heard = steady_clock::now();
   }
-
   /// True if it was well before.
   bool failed(std::size_t i) {
     std::lock_guard<std::mutex> lock(mutex_);
-    bool first = members_[i].failures == 0;
-    if (members_[i].failures < 8) ++members_[i].failures;
-    rest(members_[i], steady_clock::now());
+    auto& member = members_[i];
+    bool first = member.failures == 0;
+    if (member.failures < 8) ++member.failures;
+    member.heard = {};
+    member.identified = false;
+    rest(member, steady_clock::now());
     if (current_ == i) current_ = (i + 1) % members_.size();
     return first;
+  }
+  /// Whether it has served a moment ago.
+  bool is_fresh(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return members_[i].identified && steady_clock::now() - members_[i].heard < kFresh;
+  }
+
+  /// The first cluster that is heard of is ours. False: this is another one.
+  bool belongs(std::size_t i, std::uint64_t cluster) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (cluster_ == 0) cluster_ = cluster;
+    members_[i].identified = cluster == 0 || cluster == cluster_;
+    return members_[i].identified;
+  }
+  /// Nobody knows whose it is.
+  bool is_stranger(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return cluster_ != 0 && !members_[i].identified;
+  }
+
+  /// Ends when the member is found dead.
+  Context life(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return members_[i].life;
+  }
+  void bury(std::size_t i) {
+    Context life = Context::child_of(open_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      std::swap(life, members_[i].life);
+    }
+    life.cancel();
+  }
+  /// One looks at a time. False: somebody does.
+  bool begin_look(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return !std::exchange(members_[i].looked_at, true);
+  }
+  void end_look(std::size_t i) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    members_[i].looked_at = false;
   }
 
   /// The one in use.
@@ -3689,20 +3748,40 @@ class Members {
   }
 
  private:
+  static constexpr milliseconds kFresh{2000};
+
   struct Member {
     std::string url;
-    int failures;
-    SteadyTime rests_until;
+    Context life;
+    int failures{0};
+    SteadyTime rests_until{};
+    SteadyTime heard{};      // when it served last
+    bool identified{false};  // it is of our cluster
+    bool looked_at{false};
   };
 
+  /// The one in use or the next that does not rest, else the one whose rest ends first.
+  std::optional<std::size_t> best(const std::vector<std::size_t>& except) const {
+    std::optional<std::size_t> found;
+    auto now = steady_clock::now();
+    for (std::size_t k = 0; k < members_.size(); ++k) {
+      auto i = (current_ + k) % members_.size();
+      if (std::count(except.begin(), except.end(), i) > 0) continue;
+      if (members_[i].rests_until <= now) return i;
+      if (!found || members_[i].rests_until < members_[*found].rests_until) found = i;
+    }
+    return found;
+  }
   static void rest(Member& member, SteadyTime now) {
     auto time = milliseconds(250) * (1 << (std::min)(member.failures, 5));
     member.rests_until = now + (std::min)(time, milliseconds(5000));
   }
 
+  const Context open_;
   std::mutex mutex_;
   std::vector<Member> members_;
   std::size_t current_{0};
+  std::uint64_t cluster_{0};
 };
 
 class LeaseKeeper;
@@ -3714,6 +3793,7 @@ struct Call {
   std::string what;  // for errors: "the put of <key>"
   std::string body;
   Safety safety;
+  bool quorum{true};  // a member without one refuses at once
 };
 
 COORDINATION_API std::string describe(const Txn& txn) {
@@ -3723,7 +3803,7 @@ COORDINATION_API std::string describe(const Txn& txn) {
 
 struct Reply {
   std::string body;
-  std::string endpoint;
+  std::size_t member{0};
   bool repeated{false};  // an earlier attempt may have been applied, too
 };
 
@@ -3741,8 +3821,8 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   std::unique_ptr<Members> members;
 
   /// One unary call, repeated as RetryConfig and its safety allow.
-  /// `accept` says whether the body of a success is etcd's.
-  using Accept = std::function<bool(const std::string&)>;
+  /// `accept` says whether the body of a success is etcd's, and of which cluster; 0: of any.
+  using Accept = std::function<std::optional<std::uint64_t>(const std::string&)>;
   Result<Reply> call(const Call& call, const Context& ctx, const Accept& accept,
                      bool with_token = true);
 
@@ -3758,8 +3838,9 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
     return decoded;
   }
   Result<RangeResponse> read(const RangeRequest& request, const Context& ctx) {
-    return ask<RangeResponse>(
-        {"/v3/kv/range", "the read of " + request.key, wire::body(request), Safety::Read}, ctx);
+    return ask<RangeResponse>({"/v3/kv/range", "the read of " + request.key, wire::body(request),
+                               Safety::Read, !request.serializable},
+                              ctx);
   }
   Result<PutResponse> put(const PutRequest& request, const Context& ctx) {
     return ask<PutResponse>(
@@ -3783,6 +3864,8 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
     std::atomic<std::uint64_t> token{0};  // its generation
     std::atomic<bool> refused{false};     // by an error in the stream
     bool must_answer{false};              // a deadline that passes is the member's failure
+    bool bare{false};                     // it does not wait for a token, which it may not need
+    bool needs_token{false};              // it does: the one that it had was refused
   };
   /// What an error in a stream means; draws the conclusions for member and token.
   Verdict refused(StreamPlace& place, const wire::EtcdError& error);
@@ -3803,23 +3886,205 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
 
   /// A cheap request to one member: does it serve?
   bool probe(std::size_t member, milliseconds limit);
-
-  void token_died(std::uint64_t generation);
+  /// An answer of this cluster came from this member. False: that is not ours; it is out.
+  bool belongs(std::size_t member, std::uint64_t cluster);
   void member_failed(std::size_t member, const Error& error);
+  Verdict judge(const Result<HttpResponse>& response, std::size_t member, const Context& ctx);
+  Verdict foreign(std::size_t member) const;
+  /// A request to this member is late, or has failed: is it dead?
+  void suspect(std::size_t member);
+  /// When a request that ends with `ctx` is late.
+  Timer::Id suspect_later(std::size_t member, const Context& ctx);
+  /// Before a write for a member that was not heard of lately: who answers now is used.
+  Result<void> prove(const std::string& what, const Context& ctx);
+  /// Asks a member whose it is; false if not ours.
+  bool identify(std::size_t member, const std::string& token, const Context& ctx);
 
   struct Login {
     std::string token;
     std::uint64_t generation{0};
-    bool busy{false};
+    SteadyTime proven{};  // when a request with it was answered last
   };
-  Gate login_gate;
-  Login login;
-
+  /// The token; waits for the login that is under way, or for one that it begins.
   Result<Login> log_in(const Context& ctx);
-  Result<Login> authenticate(const Context& ctx);
-  HttpRequest request(std::size_t member, const char* path, std::string body,
-                      const std::string& token) const;
-  Context attempt_context(const Context& ctx, SteadyTime deadline, Safety safety) const;
+  /// The token as it is.
+  Login present_login();
+  void token_served(std::uint64_t generation);
+  void token_died(std::uint64_t generation);
+  /// A connection was closed without an answer: so some gateways refuse a token.
+  void token_doubted(std::uint64_t generation);
+
+  HttpRequest request(std::size_t member, const Call& call, const std::string& token,
+                      const Context& ctx) const;
+
+ private:
+  void look_at(std::size_t member);
+  void authenticate();
+  Result<Login> fetch_token(const Context& ctx);
+
+  static constexpr milliseconds kLoginPause{1000};  // after one that was refused
+  Gate login_gate_;                                 // its mutex guards the rest
+  Login login_;
+  bool logging_in_{false};
+  std::uint64_t logins_{0};  // how many have ended
+  std::optional<Error> login_failure_;
+  SteadyTime login_failed_{};
+  bool told_auth_is_off_{false};
+};
+
+/// "1.5 s", "80 ms".
+COORDINATION_API std::string in_words(steady_clock::duration time) {
+  auto ms = std::chrono::duration_cast<milliseconds>(time).count();
+  if (ms < 1000) return std::to_string(ms) + " ms";
+  return std::to_string(ms / 1000) + "." + std::to_string(ms / 100 % 10) + " s";
+}
+
+/// What became of an attempt, for an error that names the member: "connection refused".
+COORDINATION_API std::string reason_of(const Error& error, steady_clock::duration waited) {
+  bool silent = error.code == ErrorCode::Timeout || error.code == ErrorCode::Cancelled;
+  if (silent) return "no answer in " + in_words(waited);
+  return error.cause.empty() ? error.message : error.cause;
+}
+
+/// When an answer is late: after a share of the time there is, and not before a second where that
+/// leaves another one.
+COORDINATION_API milliseconds lateness(const Context& ctx) {
+  auto left = std::chrono::duration_cast<milliseconds>(*ctx.deadline() - steady_clock::now());
+  auto late = std::clamp(left / 4, milliseconds(1000), milliseconds(2000));
+  return left < 2 * late ? left / 3 : late;
+}
+
+/// One attempt of a call and, where it is late and only reads, further ones beside it at other
+/// members. The first answer wins, and nothing is cancelled before there is one. It lives on in
+/// timers and threads when the call is over.
+class Race : public std::enable_shared_from_this<Race> {
+ public:
+  struct Answer {
+    std::size_t member;
+    Result<HttpResponse> response;
+  };
+
+  /// `ctx` ends with the call, and has a deadline.
+  Race(std::shared_ptr<ClientState> client, const Call& call, std::string token, const Context& ctx)
+      : client_(std::move(client)), call_(call), token_(std::move(token)), caller_(ctx),
+        ctx_(Context::child_of(ctx)), lateness_(lateness(ctx)) {}
+
+  /// Blocks until there is an answer, or all attempts have failed: then how the first one has.
+  Answer run(std::size_t member) {
+    runners_.push_back({member, steady_clock::now(), {}});
+    Answer mine{member, attempt(member)};
+    if (!is_alone() && !record(mine)) {
+      gate_.wait(caller_, [this] { return answer_ || beside_ == 0; });
+    }
+    ctx_.cancel();
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    return answer_ ? std::move(*answer_) : std::move(mine);
+  }
+
+  /// Of each other member that was asked: how it has failed.
+  void tell(std::map<std::size_t, std::string>& reasons) {
+    auto now = steady_clock::now();
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    for (std::size_t i = 1; i < runners_.size(); ++i) {
+      auto& runner = runners_[i];
+      auto silent = "no answer in " + in_words(now - runner.began);
+      reasons[runner.member] = runner.failure.empty() ? silent : runner.failure;
+    }
+  }
+
+ private:
+  struct Runner {
+    std::size_t member;
+    SteadyTime began;
+    std::string failure;
+  };
+
+  Result<HttpResponse> attempt(std::size_t member) {
+    auto& timer = client_->executor->timer;
+    auto late = timer.after(lateness_, [weak = weak_from_this(), member] {
+      if (auto self = weak.lock()) self->is_late(member);
+    });
+    auto life = client_->members->life(member);
+    auto context = join_contexts({&ctx_, &life});
+    auto response =
+        client_->perform(client_->request(member, call_, token_, context), nullptr, context);
+    timer.cancel(late);
+    return response;
+  }
+
+  void is_late(std::size_t member) {
+    if (ctx_.done()) return;
+    client_->suspect(member);
+    if (call_.safety != Safety::Read || client_->members->size() == 1) return;
+    auto& executor = *client_->executor;
+    executor.run(executor.asides, [self = shared_from_this()] { self->ask_beside(); });
+  }
+
+  void ask_beside() {
+    std::size_t member = 0, index = 0;
+    {
+      std::lock_guard<std::mutex> lock(gate_.mutex);
+      auto other = ctx_.done() ? std::nullopt : client_->members->another(asked());
+      if (!other) return;
+      member = *other;
+      index = runners_.size();
+      runners_.push_back({member, steady_clock::now(), {}});
+      ++beside_;
+    }
+    Answer theirs{member, attempt(member)};
+    bool decided = ctx_.done();
+    auto verdict = client_->judge(theirs.response, member, ctx_);
+    if (!decided && verdict.member_failed) client_->member_failed(member, verdict.error);
+    std::unique_lock<std::mutex> lock(gate_.mutex);
+    --beside_;
+    auto& runner = runners_[index];
+    runner.failure = reason_of(verdict.error, steady_clock::now() - runner.began);
+    lock.unlock();
+    if (record(std::move(theirs)) && !decided) client_->members->prefer(member);
+  }
+
+  /// Keeps it if it is the first answer. True: there is one.
+  bool record(Answer answer) {
+    {
+      std::lock_guard<std::mutex> lock(gate_.mutex);
+      if (!answer_ && decides(answer)) answer_ = std::move(answer);
+      gate_.changed.notify_all();
+      if (!answer_) return false;
+    }
+    ctx_.cancel();
+    return true;
+  }
+
+  /// An answer of etcd's that another member would give, too.
+  bool decides(const Answer& answer) const {
+    auto& response = answer.response;
+    if (!response) return false;
+    wire::Nothing nothing;
+    if (response->status == 200) return wire::decode_reply(response->body, nothing).has_value();
+    return judge_status(*response, client_->members->url(answer.member)).next ==
+           Verdict::Next::Stop;
+  }
+
+  bool is_alone() {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    return runners_.size() == 1;
+  }
+  std::vector<std::size_t> asked() const {
+    std::vector<std::size_t> members;
+    for (auto& runner : runners_) members.push_back(runner.member);
+    return members;
+  }
+
+  const std::shared_ptr<ClientState> client_;
+  const Call call_;
+  const std::string token_;
+  const Context caller_;
+  const Context ctx_;  // of all attempts
+  const milliseconds lateness_;
+  Gate gate_;  // its mutex guards the rest
+  std::vector<Runner> runners_;
+  int beside_{0};  // attempts in other threads
+  std::optional<Answer> answer_;
 };
 
 /// The attempts of one call.
@@ -3830,128 +4095,150 @@ struct Attempts {
   const ClientState::Accept& accept;
   bool with_token;
 
-  SteadyTime deadline{};
+  const SteadyTime begun{steady_clock::now()};
+  const Context bounded;  // ends with the caller's, with the Coordinator, and in time
   Backoff backoff;
-  std::size_t tried{0};  // in this round
-  int rounds{0};
+  std::size_t tried{0};          // in this round
+  int all_rounds{0}, rounds{0};  // those that count: a member has failed that was there
+  bool counts{false};            // this round does
+  int dead_tokens{0};
   bool maybe{false};
-  bool logged_in_again{false};
-  std::optional<Error> last{};
+  Verdict verdict{};                             // on the last attempt
+  std::map<std::size_t, std::string> reasons{};  // why each member has failed
 
   Attempts(ClientState& c, const Call& request, const Context& x, const ClientState::Accept& a,
            bool t)
       : client(c), call(request), ctx(x), accept(a), with_token(t),
+        bounded(join_contexts({&x, &c.open}, deadline_of(x, begun + c.options.timeout))),
         backoff(c.options.retry_config.initial_delay, c.options.retry_config.max_delay,
-                c.options.retry_config.multiplier) {
-    deadline = ctx.deadline().value_or(steady_clock::now() + client.options.timeout);
+                c.options.retry_config.multiplier) {}
+
+  static SteadyTime deadline_of(const Context& ctx, SteadyTime otherwise) {
+    return ctx.deadline().value_or(otherwise);
   }
 
   Result<Reply> run() {
+    if (bounded.done()) return ended(call.what + " was not sent: its time was over before");
     while (true) {
-      if (over()) return ended();
       auto reply = once();
       if (reply) return reply;
-      if (!go_on(reply.error())) return finished();
+      if (!go_on()) return finished();
     }
   }
-
-  bool over() const {
-    return ctx.done() || client.open.cancelled() || steady_clock::now() >= deadline;
-  }
-
-  Verdict verdict{};
 
   /// One attempt; on failure `verdict` says what it means.
   Result<Reply> once() {
-    std::string token;
-    std::uint64_t generation = 0;
-    if (with_token && !client.options.username.empty()) {
-      auto login = client.log_in(join_contexts({&ctx}, deadline));
-      if (!login) {
-        verdict = {login.error(), Verdict::Next::Stop, false, false};
-        return login.error();
-      }
-      token = login->token;
-      generation = login->generation;
-    }
+    auto login = with_token ? client.log_in(bounded) : ClientState::Login{};
+    if (!login) return fail({login.error(), Verdict::Next::Stop});
     auto member = client.members->choose();
-    auto context = client.attempt_context(ctx, deadline, call.safety);
-    auto sent = steady_clock::now();
-    auto response =
-        client.perform(client.request(member, call.path, call.body, token), nullptr, context);
-    bool served = response && response->status == 200 && accept(response->body);
-    if (served) {
-      client.members->succeeded(member);
-      return Reply{std::move(response->body), client.members->url(member), maybe};
+    if (call.safety != Safety::Read && !client.members->is_fresh(member)) {
+      auto proven = client.prove(call.what, bounded);
+      if (!proven) return fail({proven.error(), Verdict::Next::Stop});
+      member = client.members->choose();
     }
-    judge(response, member, generation);
-    // A short deadline says nothing about the member.
-    bool hasty = !response && steady_clock::now() - sent < milliseconds(200) &&
-                 response.error().code == ErrorCode::Timeout;
-    if (hasty) verdict.member_failed = false;
-    if (verdict.member_failed) client.member_failed(member, verdict.error);
-    if (response && !verdict.member_failed) client.members->succeeded(member);
+    auto sent = steady_clock::now();
+    auto self = client.shared_from_this();
+    auto race = std::make_shared<Race>(std::move(self), call, login->token, bounded);
+    auto [asked, response] = race->run(member);
+    auto taken = response && response->status == 200 ? accept(response->body) : std::nullopt;
+    if (taken && client.belongs(asked, *taken)) {
+      client.members->succeeded(asked);
+      client.token_served(login->generation);
+      return Reply{std::move(response->body), asked, maybe};
+    }
+    race->tell(reasons);
+    verdict = taken ? client.foreign(asked) : client.judge(response, asked, bounded);
+    bool refused = response && verdict.next == Verdict::Next::Stop;
+    if (refused && client.members->is_stranger(asked)) {  // a refusal does not say whose it is
+      bool known = client.identify(asked, login->token, bounded);
+      if (!known) verdict = client.foreign(asked);
+    }
+    conclude(response, asked, sent, login->generation);
     return verdict.error;
   }
 
-  void judge(const Result<HttpResponse>& response, std::size_t member, std::uint64_t generation) {
-    bool ours = ctx.cancelled() || client.open.cancelled();
-    if (!response) {
-      verdict = judge_transport(response.error());
-      // The attempt's own deadline looks like a cancellation where the watchdog was needed.
-      if (!ours && response.error().code == ErrorCode::Cancelled) {
-        verdict.next = Verdict::Next::OtherMember;
-        verdict.member_failed = true;
-      }
-    } else if (response->status == 200) {
-      auto error = not_etcd(client.members->url(member), response->body);
-      verdict = {error, Verdict::Next::OtherMember, true, true};
-    } else {
-      verdict = judge_status(*response, client.members->url(member));
-    }
-    if (ours) verdict.member_failed = false;
+  Error fail(Verdict why) {
+    verdict = std::move(why);
+    return verdict.error;
+  }
+
+  /// What a failure says of the member and of the token.
+  void conclude(const Result<HttpResponse>& response, std::size_t member, SteadyTime sent,
+                std::uint64_t generation) {
+    auto waited = steady_clock::now() - sent;
+    reasons[member] = reason_of(verdict.error, waited);
+    // A short deadline says nothing about the member.
+    bool hasty = bounded.done() && waited < milliseconds(1000);
+    if (verdict.member_failed && !hasty) client.member_failed(member, verdict.error);
+    if (response && !verdict.member_failed) client.members->succeeded(member);
     if (verdict.next == Verdict::Next::Login) client.token_died(generation);
+    bool hung_up = !response && response.error().code == ErrorCode::Connection;
+    if (hung_up && verdict.applied_unknown) client.token_doubted(generation);
   }
 
   /// Whether there is to be another attempt; waits until it is time.
-  bool go_on(const Error& error) {
-    last = error;
+  bool go_on() {
     bool unknown = verdict.applied_unknown && call.safety != Safety::Read;
     if (unknown) maybe = true;
-    if (verdict.next == Verdict::Next::Stop) return false;
+    if (bounded.done() || verdict.next == Verdict::Next::Stop) return false;
     if (unknown && call.safety == Safety::Write) return false;
     if (verdict.next == Verdict::Next::Login) {
-      bool again = !logged_in_again && with_token && !client.options.username.empty();
-      logged_in_again = true;
-      return again;
+      if (!with_token || client.options.username.empty()) return false;
+      return ++dead_tokens == 1 || pause_for(backoff.next());
     }
+    counts = counts || !verdict.passing;
     bool round_over = ++tried >= client.members->size();
     if (!round_over && verdict.next == Verdict::Next::OtherMember) return true;
+    auto most = client.options.retry_config.max_attempts;
+    if (counts || most <= 1) ++rounds;
     tried = 0;
-    if (++rounds >= (std::max)(1, client.options.retry_config.max_attempts)) return false;
-    Context wait = join_contexts({&ctx, &client.open}, deadline);
-    pause(wait, backoff.next());
-    return true;
+    counts = false;
+    auto least = milliseconds(++all_rounds < most ? 0 : 50);
+    return rounds < (std::max)(1, most) && pause_for((std::max)(backoff.next(), least));
+  }
+
+  /// No pause is long beside the time that is left; false: it would take it all.
+  bool pause_for(milliseconds time) const {
+    auto left = *bounded.deadline() - steady_clock::now();
+    auto share = (std::max)(std::chrono::duration_cast<milliseconds>(left) / 4, milliseconds(20));
+    return left > share && pause(bounded, (std::min)(time, share));
+  }
+
+  Error finished() const {
+    Error error = verdict.error;
+    bool over = error.code == ErrorCode::Timeout || error.code == ErrorCode::Cancelled;
+    bool stopped = verdict.next == Verdict::Next::Stop || verdict.next == Verdict::Next::Login;
+    bool cut = bounded.cancelled() || (bounded.done() && (over || !verdict.passing));
+    if (!stopped && cut) {
+      return ended(call.what + " was not done in " + in_words(steady_clock::now() - begun));
+    }
+    error.outcome = outcome();
+    auto size = client.members->size();
+    bool one = size == 1 && error.code != ErrorCode::Connection;
+    if (stopped || one) return error;
+    bool sent = error.code != ErrorCode::Connection || maybe;
+    auto none = size == 1 ? std::string("etcd") : "none of " + std::to_string(size) + " members";
+    error.message = size == 1 && !sent ? "etcd could not be reached"
+                    : sent             ? none + " has served " + call.what
+                                       : none + " could be reached";
+    error.cause = all_reasons();
+    return error;
+  }
+  std::string all_reasons() const {
+    std::string text;
+    for (auto& [member, reason] : reasons) {
+      if (!text.empty()) text += "; ";
+      text += client.members->name(member) + ": " + reason;
+    }
+    return text;
   }
 
   Outcome outcome() const { return maybe ? Outcome::MaybeApplied : Outcome::NotApplied; }
 
-  Error finished() const {
-    if (over()) return ended();
-    Error error = *last;
-    error.outcome = outcome();
-    if (error.code == ErrorCode::Cancelled) error.code = ErrorCode::Timeout;
-    return error;
-  }
-
-  Error ended() const {
-    auto cause = last ? to_string(*last) : std::string();
-    auto code =
-        ctx.cancelled() || client.open.cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
-    auto what = client.open.cancelled() ? std::string("the coordinator is closed")
-                                        : "etcd did not answer " + call.what + " in time";
-    if (ctx.cancelled()) what = "the call was cancelled";
-    return make_error(code, what, cause, outcome());
+  Error ended(std::string what) const {
+    if (client.open.cancelled()) what = "the coordinator is closed";
+    if (ctx.cancelled()) what = call.what + " was cancelled";
+    return context_error(bounded, std::move(what), all_reasons(), outcome());
   }
 };
 
@@ -3960,27 +4247,54 @@ COORDINATION_API Result<Reply> ClientState::call(const Call& request, const Cont
   return Attempts(*this, request, ctx, accept, with_token).run();
 }
 
-/// An attempt that may be repeated leaves time for the other members.
-COORDINATION_API Context ClientState::attempt_context(const Context& ctx, SteadyTime deadline,
-                                                      Safety safety) const {
-  auto until = deadline;
-  if (safety != Safety::Write && members->size() > 1) {
-    auto now = steady_clock::now();
-    auto share = (deadline - now) / static_cast<int>(members->size());
-    auto least = std::chrono::nanoseconds(milliseconds(250));
-    until = (std::min)(deadline, now + (std::max<std::chrono::nanoseconds>)(share, least));
+/// What the answer of a member means, or that there was none. `ctx`: of the call, all attempts.
+COORDINATION_API Verdict ClientState::judge(const Result<HttpResponse>& response,
+                                            std::size_t member, const Context& ctx) {
+  Verdict verdict;
+  if (!response) {
+    verdict = judge_transport(response.error());
+    // Where it was found dead, or the watchdog was needed.
+    if (response.error().code == ErrorCode::Cancelled) {
+      verdict.next = Verdict::Next::OtherMember;
+      verdict.member_failed = true;
+    }
+  } else if (response->status == 200) {
+    verdict = {not_etcd(members->url(member), response->body), Verdict::Next::OtherMember, true,
+               true, false};
+  } else {
+    verdict = judge_status(*response, members->url(member));
   }
-  return join_contexts({&ctx, &open}, until);
+  if (ctx.cancelled()) verdict.member_failed = false;
+  return verdict;
 }
 
-COORDINATION_API HttpRequest ClientState::request(std::size_t member, const char* path,
-                                                  std::string body,
-                                                  const std::string& token) const {
+COORDINATION_API Verdict ClientState::foreign(std::size_t member) const {
+  auto error = make_error(ErrorCode::Connection, members->url(member) + " was not used",
+                          "it belongs to another cluster");
+  return {error, Verdict::Next::OtherMember, true, false, true};
+}
+
+COORDINATION_API bool ClientState::belongs(std::size_t member, std::uint64_t cluster) {
+  if (members->belongs(member, cluster)) return true;
+  member_failed(member, foreign(member).error);
+  return false;
+}
+
+COORDINATION_API HttpRequest ClientState::request(std::size_t member, const Call& call,
+                                                  const std::string& token,
+                                                  const Context& ctx) const {
   HttpRequest request;
   request.endpoint = members->url(member);
-  request.path = path;
-  request.body = std::move(body);
+  request.path = call.path;
+  request.body = call.body;
   if (!token.empty()) request.headers.emplace_back("Authorization", token);
+  if (call.quorum) request.headers.emplace_back("Grpc-Metadata-hasleader", "true");
+  if (ctx.deadline()) {
+    auto left = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now()).count();
+    auto most = std::int64_t{99999999};  // eight digits
+    auto time = std::clamp(static_cast<std::int64_t>(left), std::int64_t{1}, most);
+    request.headers.emplace_back("Grpc-Timeout", std::to_string(time) + "m");
+  }
   return request;
 }
 
@@ -3998,21 +4312,24 @@ COORDINATION_API Result<HttpResponse> ClientState::perform(const HttpRequest& ht
 COORDINATION_API Result<void> ClientState::stream(const char* path, std::string body,
                                                   const ChunkSink& sink, const Context& ctx,
                                                   StreamPlace* place, bool close) {
-  auto token = log_in(ctx);
+  auto token = place && place->bare ? present_login() : log_in(ctx);
   if (!token) return token.error();
   auto member = members->choose();
-  auto http = request(member, path, std::move(body), token->token);
+  auto life = members->life(member);
+  Context context = join_contexts({&ctx, &life});
+  Call call{path, {}, std::move(body), Safety::Read};
+  auto http = request(member, call, token->token, {});
   // Without it etcd's gateway throws away what it has not read when its first answer is sent.
   if (close) http.headers.emplace_back("Connection", "close");
-  http.headers.emplace_back("Grpc-Metadata-hasleader", "true");
   // A watch hears at least progress, every ten minutes.
   http.idle_timeout = std::chrono::minutes(25);
   if (place) {
     place->member = member;
     place->token = token->generation;
   }
-  Context context = join_contexts({&ctx, &open});
+  auto doubt = place && place->must_answer ? suspect_later(member, ctx) : Timer::Id{};
   auto response = perform(http, sink, context);
+  executor->timer.cancel(doubt);
   if (response && response->status == 200) {
     if (!place || !place->refused) members->succeeded(member);
     return {};
@@ -4024,13 +4341,15 @@ COORDINATION_API Result<void> ClientState::stream(const char* path, std::string 
   bool ours = ctx.cancelled() || open.cancelled();
   if (verdict.member_failed && !ours) member_failed(member, verdict.error);
   if (verdict.next == Verdict::Next::Login) token_died(token->generation);
+  if (place) place->needs_token = verdict.next == Verdict::Next::Login;
   return verdict.error;
 }
 
 COORDINATION_API Verdict ClientState::refused(StreamPlace& place, const wire::EtcdError& error) {
   auto verdict = judge_error(error, members->url(place.member));
   place.refused = true;
-  if (verdict.next == Verdict::Next::Login) token_died(place.token);
+  place.needs_token = verdict.next == Verdict::Next::Login;
+  if (place.needs_token) token_died(place.token);
   if (verdict.member_failed) member_failed(place.member, verdict.error);
   return verdict;
 }
@@ -4041,75 +4360,167 @@ COORDINATION_API void ClientState::member_failed(std::size_t member, const Error
          {{"endpoint", members->url(member)}, {"cause", to_string(error)}});
 }
 
-COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit) {
+COORDINATION_API Call knock_call(const ClientState& client, std::string what) {
   RangeRequest range;
-  range.key = options.key_prefix + "/";
-  range.keys_only = range.serializable = true;
-  auto context = join_contexts({&open}, steady_clock::now() + limit);
-  auto token = log_in(context);
-  if (!token) return false;
-  auto response =
-      perform(request(member, "/v3/kv/range", wire::body(range), token->token), nullptr, context);
-  bool serves = response && (response->status / 100 == 2 || response->status / 100 == 4);
-  if (!serves && !open.cancelled()) {
-    member_failed(member, response ? make_error(ErrorCode::Unavailable, "it does not serve")
-                                   : response.error());
-  }
-  return serves;
+  range.key = client.options.key_prefix + "/";
+  range.keys_only = true;
+  return {"/v3/kv/range", std::move(what), wire::body(range), Safety::Read};
 }
 
-// One login at a time; the others wait for its result.
+/// Whether an error says that etcd cannot be reached, and not only that it refuses.
+COORDINATION_API bool is_out_of_reach(const Error& error) {
+  return error.code == ErrorCode::Connection || error.code == ErrorCode::Timeout ||
+         error.code == ErrorCode::Unavailable || error.code == ErrorCode::Cancelled;
+}
+
+COORDINATION_API Result<void> ClientState::prove(const std::string& what, const Context& ctx) {
+  auto reply = call(knock_call(*this, what), ctx, [](const std::string& answer) {
+    wire::Nothing nothing;
+    return wire::decode_reply(answer, nothing);
+  });
+  if (reply) return members->prefer(reply->member), Result<void>();
+  bool refused = reply.error().cause.find("permission denied") != std::string::npos;
+  return refused ? Result<void>() : reply.error();  // this one key: it serves
+}
+
+COORDINATION_API bool ClientState::identify(std::size_t member, const std::string& token,
+                                            const Context& ctx) {
+  auto context = join_contexts({&ctx});
+  auto http = request(member, knock_call(*this, {}), token, context);
+  auto response = perform(http, nullptr, context);
+  if (!response) return false;
+  wire::Nothing nothing;
+  auto cluster = wire::decode_reply(response->body, nothing);
+  return belongs(member, cluster.value_or(0));  // who refuses this one key does not tell
+}
+
+/// Slow is not dead: a member is, if it is silent while another one answers.
+COORDINATION_API void ClientState::look_at(std::size_t member) {
+  bool dead = false;
+  bool silent = !probe(member, milliseconds(1000));
+  for (std::size_t i = 0; i < members->size() && silent && !dead; ++i) {
+    dead = i != member && probe(i, milliseconds(1000));
+  }
+  members->end_look(member);
+  if (!dead || open.cancelled()) return;
+  member_failed(member, make_error(ErrorCode::Unavailable, "it is silent, and another one is not"));
+  members->bury(member);
+}
+
+COORDINATION_API Timer::Id ClientState::suspect_later(std::size_t member, const Context& ctx) {
+  return executor->timer.after(lateness(ctx), [weak = weak_from_this(), member] {
+    if (auto self = weak.lock()) self->suspect(member);
+  });
+}
+
+COORDINATION_API void ClientState::suspect(std::size_t member) {
+  if (!members->begin_look(member)) return;
+  executor->run(executor->asides, [weak = weak_from_this(), member] {
+    if (auto self = weak.lock()) self->look_at(member);
+  });
+}
+
+COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit) {
+  auto context = join_contexts({&open}, steady_clock::now() + limit);
+  auto http = request(member, knock_call(*this, {}), present_login().token, context);
+  auto response = perform(http, nullptr, context);
+  return response && (response->status / 100 == 2 || response->status / 100 == 4);
+}
+
+// One login at a time, in a thread of its own; who needs it waits for its result, also for a
+// refusal.
 
 COORDINATION_API Result<ClientState::Login> ClientState::log_in(const Context& ctx) {
   if (options.username.empty()) return Login{};
-  Context wait = join_contexts({&ctx, &open});
-  if (!wait.deadline()) wait = join_contexts({&wait}, steady_clock::now() + options.timeout);
-  bool first = false;
-  bool in_time = login_gate.wait(wait, [&] {
-    if (login.busy) return false;
-    first = login.generation == 0;
-    if (first) login.busy = true;
-    return true;
-  });
-  if (!in_time) return open.cancelled() ? closed_error() : context_error(wait, "could not log in");
-  if (!first) {
-    std::lock_guard<std::mutex> lock(login_gate.mutex);
-    return login;
+  auto wait = join_contexts({&ctx, &open});
+  while (true) {
+    std::uint64_t before = 0;
+    bool begin = false;
+    {
+      std::lock_guard<std::mutex> lock(login_gate_.mutex);
+      if (login_.generation != 0) return login_;
+      if (login_failure_ && steady_clock::now() < login_failed_ + kLoginPause) {
+        return *login_failure_;
+      }
+      before = logins_;
+      begin = !std::exchange(logging_in_, true);
+    }
+    if (begin) {
+      executor->run(executor->logins, [weak = weak_from_this()] {
+        if (auto self = weak.lock()) self->authenticate();
+      });
+    }
+    if (!login_gate_.wait(wait, [&] { return logins_ != before; })) break;
   }
-  auto result = authenticate(wait);
-  std::lock_guard<std::mutex> lock(login_gate.mutex);
-  login.busy = false;
-  if (result) login = *result;
-  login_gate.changed.notify_all();
-  return result;
+  if (open.cancelled()) return closed_error();
+  return context_error(wait, "could not log in as " + options.username);
 }
 
-COORDINATION_API Result<ClientState::Login> ClientState::authenticate(const Context& ctx) {
+COORDINATION_API void ClientState::authenticate() {
+  auto enough = (std::max)(options.timeout, milliseconds(5000));
+  auto result = fetch_token(join_contexts({&open}, steady_clock::now() + enough));
+  std::lock_guard<std::mutex> lock(login_gate_.mutex);
+  ++logins_;
+  logging_in_ = false;
+  login_failure_.reset();
+  if (result) {
+    login_ = *result;
+  } else {
+    login_failure_ = result.error();
+    login_failed_ = steady_clock::now();
+  }
+  login_gate_.changed.notify_all();
+}
+
+COORDINATION_API Result<ClientState::Login> ClientState::fetch_token(const Context& ctx) {
   Login fresh;
   fresh.generation = random_number() | 1;
-  auto body = wire::login_body(options.username, options.password);
+  fresh.proven = steady_clock::now();
   wire::Token token;
   auto is_token = [&](const std::string& answer) {
-    return wire::decode_reply(answer, token) && !token.text.empty();
+    auto cluster = wire::decode_reply(answer, token);
+    return token.text.empty() ? std::nullopt : cluster;
   };
-  auto reply =
-      call({"/v3/auth/authenticate", "the login", body, Safety::Read}, ctx, is_token, false);
+  auto reply = call({"/v3/auth/authenticate", "the login",
+                     wire::login_body(options.username, options.password), Safety::Read},
+                    ctx, is_token, false);
   if (!reply) {
     bool off = reply.error().cause.find("authentication is not enabled") != std::string::npos;
+    if (off && !std::exchange(told_auth_is_off_, true)) {
+      (*log)(LogLevel::Warn, "a login was given, but authentication is off in etcd",
+             {{"user", options.username}});
+    }
     if (off) return fresh;
     Error error = reply.error();
     error.message = "cannot log in as " + options.username + ": " + error.message;
     return error;
   }
   fresh.token = token.text;
-  (*log)(LogLevel::Info, "logged in", {{"user", options.username}, {"endpoint", reply->endpoint}});
+  (*log)(LogLevel::Info, "logged in",
+         {{"user", options.username}, {"endpoint", members->url(reply->member)}});
   return fresh;
 }
 
+COORDINATION_API ClientState::Login ClientState::present_login() {
+  std::lock_guard<std::mutex> lock(login_gate_.mutex);
+  return login_;
+}
+
+COORDINATION_API void ClientState::token_served(std::uint64_t generation) {
+  if (generation == 0) return;
+  std::lock_guard<std::mutex> lock(login_gate_.mutex);
+  if (login_.generation == generation) login_.proven = steady_clock::now();
+}
+
 COORDINATION_API void ClientState::token_died(std::uint64_t generation) {
-  std::lock_guard<std::mutex> lock(login_gate.mutex);
-  if (login.busy || login.generation != generation) return;
-  login = Login{};
+  std::lock_guard<std::mutex> lock(login_gate_.mutex);
+  if (login_.generation == generation) login_ = Login{};
+}
+
+COORDINATION_API void ClientState::token_doubted(std::uint64_t generation) {
+  std::lock_guard<std::mutex> lock(login_gate_.mutex);
+  bool proven = steady_clock::now() - login_.proven < milliseconds(1000);
+  if (login_.generation == generation && !proven) login_ = Login{};
 }
 
 COORDINATION_API std::int64_t seconds_up(milliseconds time) {
@@ -4250,10 +4661,10 @@ COORDINATION_API Result<Status> Client::status(Context ctx) {
   auto is_status = [&](const std::string& answer) {
     return detail::wire::decode_reply(answer, status);
   };
-  auto reply = state_->call({"/v3/maintenance/status", "the status", "{}", detail::Safety::Read},
-                            ctx, is_status);
+  auto reply = state_->call(
+      {"/v3/maintenance/status", "the status", "{}", detail::Safety::Read, false}, ctx, is_status);
   if (!reply) return reply.error();
-  status.endpoint = reply->endpoint;
+  status.endpoint = state_->members->url(reply->member);
   return status;
 }
 
@@ -4363,8 +4774,9 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   void close(SteadyTime limit);
 
  private:
-  static constexpr milliseconds kWindow{200};  // renewals that are due within it go together
-  static constexpr milliseconds kRetry{500};   // after a renewal that failed
+  static constexpr milliseconds kWindow{200};      // renewals that are due within it go together
+  static constexpr milliseconds kRetry{500};       // after a renewal that failed
+  static constexpr milliseconds kMostOpen{10000};  // that a request of renewals may take
   static constexpr milliseconds kRevokeRetry{500};
   static constexpr std::size_t kBatch = 1000;   // leases in one request
   static constexpr std::size_t kMostIdle = 64;  // leases kept for reuse
@@ -4387,10 +4799,11 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   void lost(const LeasePtr& lease, const char* why);
   void schedule(SteadyTime when);
   void tick(SteadyTime when);
-  void renew(std::vector<LeasePtr> batch);
+  void renew(std::vector<LeasePtr> batch, SteadyTime asked);
   std::vector<LeasePtr> renew_once(ClientState& client, const std::vector<LeasePtr>& batch,
-                                   bool* reached = nullptr);
-  std::vector<LeasePtr> renew_singly(ClientState& client, const std::vector<LeasePtr>& batch);
+                                   ClientState::StreamPlace& place, bool* reached = nullptr);
+  std::vector<LeasePtr> renew_singly(ClientState& client, const std::vector<LeasePtr>& batch,
+                                     ClientState::StreamPlace& place);
   void answered(const LeasePtr& lease, SteadyTime sent, std::int64_t ttl);
   void check_deadlines(std::optional<SteadyTime> when = std::nullopt);
   void watch_deadline(SteadyTime deadline);
@@ -4398,7 +4811,7 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   void sweep(SteadyTime when);
   void schedule_sweep(SteadyTime when);
   void revoke_all(const std::shared_ptr<std::vector<std::int64_t>>& ids, const Context& ctx);
-  milliseconds attempt_limit();
+  static milliseconds attempt_limit(const std::vector<LeasePtr>& batch);
   SteadyTime real_time(SteadyTime of_clock, const Clock& clock) const {
     return steady_clock::now() + (of_clock - clock.now());
   }
@@ -4420,24 +4833,18 @@ COORDINATION_API Result<void> validate_ttl(milliseconds ttl) {
   return {};
 }
 
-/// Whether an error says that etcd cannot be reached, and not only that it refuses.
-COORDINATION_API bool is_out_of_reach(const Error& error) {
-  return error.code == ErrorCode::Connection || error.code == ErrorCode::Timeout ||
-         error.code == ErrorCode::Unavailable || error.code == ErrorCode::Cancelled;
-}
-
 COORDINATION_API Error lease_lost(const char* why) {
   return make_error(ErrorCode::Lost, "the lease is lost", why);
 }
 
 COORDINATION_API Result<LeasePtr> LeaseKeeper::grant(milliseconds ttl, const Context& ctx) {
+  auto client = client_.lock();
   {
     std::lock_guard<std::mutex> lock(grants_.mutex);
-    auto client = client_.lock();
     if (!client || client->closing) return closed_error();
     ++granting_;
   }
-  auto lease = ask_for(ttl, ctx);
+  auto lease = ask_for(ttl, client->bounded(ctx));
   std::lock_guard<std::mutex> lock(grants_.mutex);
   --granting_;
   grants_.changed.notify_all();
@@ -4573,78 +4980,94 @@ COORDINATION_API void LeaseKeeper::schedule(SteadyTime when) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_ || (tick_at_ && *tick_at_ <= when)) return;
   tick_at_ = when;
-  client->executor->run_at(when, client->executor->renewals, [weak = weak_from_this(), when] {
+  client->executor->timer.at(when, [weak = weak_from_this(), when] {
     if (auto self = weak.lock()) self->tick(when);
   });
 }
 
 /// `when` is the time that it was scheduled for: one that was overtaken by another does nothing.
+/// What is asked for stays open however late it is; the next request begins beside it.
 COORDINATION_API void LeaseKeeper::tick(SteadyTime when) {
   auto client = client_.lock();
   if (!client) return;
   auto now = client->clock->now();
   std::vector<LeasePtr> due;
+  std::optional<SteadyTime> next;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (tick_at_ != when) return;
     tick_at_.reset();
     for (auto& entry : leases_) {
-      if (entry.second->due <= now + kWindow) due.push_back(entry.second);
+      auto& lease = entry.second;
+      if (lease->due <= now + kWindow) {
+        due.push_back(lease);
+        lease->due = now + lease->ttl() / 3;
+      }
+      next = (std::min)(next.value_or(lease->due), lease->due);
     }
   }
   for (std::size_t i = 0; i < due.size(); i += kBatch) {
-    auto last = (std::min)(i + kBatch, due.size());
-    renew(std::vector<LeasePtr>(due.begin() + static_cast<std::ptrdiff_t>(i),
-                                due.begin() + static_cast<std::ptrdiff_t>(last)));
+    auto begin = due.begin() + static_cast<std::ptrdiff_t>(i);
+    auto size = static_cast<std::ptrdiff_t>((std::min)(kBatch, due.size() - i));
+    client->executor->run(
+        client->executor->renewals,
+        [weak = weak_from_this(), now, batch = std::vector<LeasePtr>(begin, begin + size)] {
+          if (auto self = weak.lock()) self->renew(batch, now);
+        });
   }
   retire_idle();
-  std::optional<SteadyTime> next;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& entry : leases_) {
-      auto its = entry.second->due;
-      next = (std::min)(next.value_or(its), its);
-    }
-  }
   if (next) schedule((std::max)(real_time(*next, *client->clock), steady_clock::now() + kWindow));
 }
 
-/// No attempt may use up the TTL of any lease.
-COORDINATION_API milliseconds LeaseKeeper::attempt_limit() {
-  milliseconds limit(5000);
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& entry : leases_) limit = (std::min)(limit, entry.second->ttl() / 3);
-  return (std::max)(limit, milliseconds(250));
+/// The time after which an answer is of no use to any of them.
+COORDINATION_API milliseconds LeaseKeeper::attempt_limit(const std::vector<LeasePtr>& batch) {
+  milliseconds limit(250);
+  for (auto& lease : batch) limit = (std::max)(limit, lease->ttl() * 2 / 3);
+  return (std::min)(limit, kMostOpen);
 }
 
-/// Renews until each lease has an answer, once with every member at the most.
-COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch) {
+/// Renews until each lease has an answer, once with every member at the most, and once more with a
+/// token where that was wanted.
+COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch, SteadyTime asked) {
   auto client = client_.lock();
   if (!client) return;
-  for (std::size_t k = 0; k < client->members->size() && !batch.empty(); ++k) {
-    if (client->open.cancelled()) return;
-    batch = renew_once(*client, batch);
+  auto is_renewed = [&](const LeasePtr& lease) { return lease->deadline() - lease->ttl() > asked; };
+  batch.erase(std::remove_if(batch.begin(), batch.end(), is_renewed), batch.end());
+  ClientState::StreamPlace place;
+  for (std::size_t k = 0; k <= client->members->size() && !batch.empty(); ++k) {
+    if (client->open.cancelled() || (k == client->members->size() && !place.needs_token)) break;
+    place.bare = !place.needs_token;
+    batch = renew_once(*client, batch, place);
   }
-  if (batch.size() > 1) batch = renew_singly(*client, batch);
-  std::lock_guard<std::mutex> lock(mutex_);
+  if (batch.size() > 1) batch = renew_singly(*client, batch, place);
+  if (batch.empty()) return;
   auto now = client->clock->now();
-  for (auto& lease : batch) lease->due = now + (std::min)(kRetry, lease->ttl() / 10);
+  auto soon = SteadyTime((SteadyTime::max)());
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& lease : batch) {
+      lease->due = (std::min)(lease->due, now + (std::min)(kRetry, lease->ttl() / 10));
+      soon = (std::min)(soon, lease->due);
+    }
+  }
+  schedule(real_time(soon, *client->clock));
 }
 
 /// One that is refused keeps back the rest of a batch, and a batch needs a new connection, which
 /// may not be had. Returns those that are left when the time of one attempt is over.
-COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(
-    ClientState& client, const std::vector<LeasePtr>& batch) {
+COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(ClientState& client,
+                                                                 const std::vector<LeasePtr>& batch,
+                                                                 ClientState::StreamPlace& place) {
   std::vector<std::pair<SteadyTime, LeasePtr>> urgent;
   urgent.reserve(batch.size());
   for (auto& lease : batch) urgent.emplace_back(lease->deadline(), lease);
   std::sort(urgent.begin(), urgent.end());
-  const auto end = steady_clock::now() + attempt_limit();
+  const auto end = steady_clock::now() + attempt_limit(batch);
   std::vector<LeasePtr> left;
   bool reached = true;
   for (auto& [deadline, lease] : urgent) {
     bool go_on = reached && !client.open.cancelled() && steady_clock::now() < end;
-    if (!go_on || !renew_once(client, {lease}, &reached).empty()) left.push_back(lease);
+    if (!go_on || !renew_once(client, {lease}, place, &reached).empty()) left.push_back(lease);
   }
   return left;
 }
@@ -4652,6 +5075,7 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_singly(
 /// One request for all; returns those that have got no answer.
 COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(ClientState& client,
                                                                const std::vector<LeasePtr>& batch,
+                                                               ClientState::StreamPlace& place,
                                                                bool* reached) {
   std::unordered_map<std::int64_t, LeasePtr> waiting;
   std::string body;
@@ -4661,14 +5085,15 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(ClientState& clie
   }
   auto sent = client.clock->now();
   wire::Lines lines;
-  ClientState::StreamPlace place;
   place.must_answer = true;
+  place.refused = false;
   Error refusal = make_error(ErrorCode::Unavailable, "no answer for some");
   auto line = [&](std::string_view text) {
     auto decoded = wire::decode_line<wire::LeaseReply>(text);
     auto* error = std::get_if<wire::EtcdError>(&decoded);
     if (error) refusal = client.refused(place, *error).error;
     auto* reply = std::get_if<wire::LeaseReply>(&decoded);
+    if (reply && !client.belongs(place.member, reply->cluster)) return false;
     auto it = reply ? waiting.find(reply->id) : waiting.end();
     if (it == waiting.end()) return true;
     answered(it->second, sent, reply->ttl);
@@ -4676,7 +5101,7 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(ClientState& clie
     return true;
   };
   auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
-  auto limit = Context::with_timeout(attempt_limit());
+  auto limit = Context::with_timeout(attempt_limit(batch));
   auto end =
       client.stream("/v3/lease/keepalive", std::move(body), sink, limit, &place, batch.size() > 1);
   lines.finish(line);
@@ -4706,7 +5131,8 @@ COORDINATION_API Result<void> LeaseKeeper::renew_now(const LeasePtr& lease, cons
   std::variant<std::monostate, wire::LeaseReply, wire::EtcdError> line;
   auto is_line = [&](const std::string& answer) {
     line = wire::decode_line<wire::LeaseReply>(answer);
-    return line.index() != 0;
+    auto* reply = std::get_if<wire::LeaseReply>(&line);
+    return line.index() == 0 ? std::nullopt : std::make_optional(reply ? reply->cluster : 0);
   };
   auto reply = client->call({"/v3/lease/keepalive", "the renewal of a lease",
                              wire::lease_body(lease->id), Safety::Idempotent},
@@ -4714,9 +5140,9 @@ COORDINATION_API Result<void> LeaseKeeper::renew_now(const LeasePtr& lease, cons
   if (!reply) return reply.error();
   auto* answer = std::get_if<wire::LeaseReply>(&line);
   if (auto* error = std::get_if<wire::EtcdError>(&line)) {
-    return judge_error(*error, reply->endpoint).error;
+    return judge_error(*error, client->members->url(reply->member)).error;
   }
-  if (answer->id != lease->id) return not_etcd(reply->endpoint, reply->body);
+  if (answer->id != lease->id) return not_etcd(client->members->url(reply->member), reply->body);
   answered(lease, sent, answer->ttl);
   if (answer->ttl <= 0) return lease_lost("etcd does not know it any more");
   return {};
@@ -4805,13 +5231,13 @@ COORDINATION_API void LeaseKeeper::schedule_sweep(SteadyTime when) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_ || (sweep_at_ && *sweep_at_ <= when)) return;
   sweep_at_ = when;
-  client->executor->run_at(when, client->executor->background, [weak = weak_from_this(), when] {
+  client->executor->run_at(when, client->executor->asides, [weak = weak_from_this(), when] {
     if (auto self = weak.lock()) self->sweep(when);
   });
 }
 
 /// Tries once for every doomed lease whose time has come; stops at the first that cannot be
-/// reached, so that the background thread is never held for long.
+/// reached.
 COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
   std::vector<Doomed> due;
   auto now = steady_clock::now();
@@ -4827,8 +5253,8 @@ COORDINATION_API void LeaseKeeper::sweep(SteadyTime when) {
   }
   bool reachable = true;
   for (auto& doomed : due) {
-    auto quick = Context::with_timeout(milliseconds(800));
-    auto done = reachable ? revoke(doomed.id, quick) : Result<void>(closed_error());
+    auto enough = Context::with_timeout(milliseconds(5000));
+    auto done = reachable ? revoke(doomed.id, enough) : Result<void>(closed_error());
     reachable = reachable && (done || !is_out_of_reach(done.error()));
     // Where etcd cannot be reached, a grant may still wait to be done.
     auto ended = steady_clock::now();
@@ -8302,7 +8728,7 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
     auto url = normal_endpoint(endpoint, wants_tls(options.tls));
     if (std::find(urls.begin(), urls.end(), url) == urls.end()) urls.push_back(std::move(url));
   }
-  client->members = std::make_unique<Members>(std::move(urls));
+  client->members = std::make_unique<Members>(std::move(urls), client->open);
   client->leases = std::make_shared<LeaseKeeper>(client);
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
@@ -8317,17 +8743,11 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   return client;
 }
 
-/// Is there an etcd that serves us? A refusal of this one key is a yes.
-COORDINATION_API Result<void> knock(ClientState& client, const Context& ctx) {
-  auto login = client.log_in(ctx);
-  if (!login) return login.error();
-  RangeRequest range;
-  range.key = client.options.key_prefix + "/";
-  range.keys_only = true;
-  auto answer = client.read(range, ctx);
+/// Is there an etcd that serves us?
+COORDINATION_API Result<void> knock(ClientState& client, const Context& given) {
+  auto answer = client.prove("the first read", client.bounded(given));
   if (answer) return {};
   auto error = answer.error();
-  if (error.cause.find("permission denied") != std::string::npos) return {};
   if (error.cause.find("user name is empty") != std::string::npos) {
     error.message = "etcd demands a login: set CoordinatorOptions::username and password";
   }

@@ -290,7 +290,7 @@ TEST_CASE("lease: a handle that is assigned to gives up its lease") {
 
 TEST_CASE("lease: a grant that failed leaves nothing behind") {
   Setup s;
-  s.etcd->drop_replies(3);
+  s.etcd->drop_replies(3, "/v3/lease/grant");
   const auto lease = s.client.grant(9s);
   REQUIRE_FALSE(lease);
   CHECK(lease.error().outcome == Outcome::MaybeApplied);

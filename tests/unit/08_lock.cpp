@@ -517,8 +517,9 @@ TEST_CASE("lock: renewals of which nobody knows what they have done") {
   renewed = lock.renew(30s);  // and never to this one
   REQUIRE_FALSE(renewed);
   CHECK(renewed.error().outcome == Outcome::MaybeApplied);
-  s.etcd->fail_next(3, kTxn);
-  renewed = lock.renew(40s);
+  s.etcd->fail_next(99, kTxn);
+  renewed = lock.renew(40s, Context::with_timeout(200ms));
+  s.etcd->fail_next(0, kTxn);
   REQUIRE_FALSE(renewed);
   CHECK(renewed.error().outcome == Outcome::NotApplied);
   CHECK(eventually([&] { return s.etcd->leases().size() == 3; }));  // the last was given up

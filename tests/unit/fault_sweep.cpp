@@ -49,6 +49,8 @@ class Sweeper : public Transport {
                                const Context& ctx) override {
     const int number = ++count_;
     note_lease(request);
+    // Who is cut off tries until its time is over.
+    if (fault_ == Fault::Partitioned && number == last_ + 4) etcd_->heal();
     if (disarmed_ || number < first_ || number > last_) {
       return etcd_->perform(request, sink, ctx);
     }
