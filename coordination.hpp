@@ -1264,15 +1264,18 @@ class MemoryEtcd : public Transport {
   void invalidate_tokens();
   /// Discards history before the present revision.
   void compact();
-  /// As an etcd that was killed and came back without its data.
+  /// As an etcd that was killed and came back without its data, and is the same cluster by its id.
   void restart_empty();
+  /// From now on every answer is that of another cluster. Not 0.
+  void set_cluster_id(std::uint64_t id);
   /// Switches authentication on, with a user that may do anything. See also add_user.
   void enable_auth(const std::string& root_password);
   /// A user who may read and write keys that begin with `prefix`.
   void add_user(const std::string& name, const std::string& password, const std::string& prefix);
 
   // What is there.
-  std::int64_t requests() const;  // how many have come
+  std::int64_t requests() const;     // how many have come
+  std::uint64_t cluster_id() const;  // at first any, of its own for each object
   std::int64_t revision() const;
   std::vector<std::int64_t> leases() const;
   std::vector<std::string> keys() const;
@@ -2955,7 +2958,7 @@ std::vector<Request> decode_stream(std::string_view body) {
 }
 
 COORDINATION_API Json with_header(std::int64_t revision) {
-  Json header = {{"cluster_id", "1"}, {"member_id", "1"}, {"raft_term", "2"}};
+  Json header = {{"raft_term", "2"}};
   set(header, "revision", revision);
   return {{"header", std::move(header)}};
 }
@@ -3085,16 +3088,27 @@ COORDINATION_API Json encode(const StreamLine& line) {
   return out;
 }
 
+/// With whose answer it is. etcd leaves that out where it leaves out the revision.
+template <class Response>
+Json encode_from(std::uint64_t cluster_id, const Response& response) {
+  Json out = encode(response);
+  Json& header = out["header"];
+  if (!header.contains("revision")) return out;
+  header["cluster_id"] = std::to_string(cluster_id);
+  header["member_id"] = "1";
+  return out;
+}
+
 /// The body of a unary answer.
 template <class Response>
-std::string write_body(const Response& response) {
-  return dump(encode(response));
+std::string write_body(std::uint64_t cluster_id, const Response& response) {
+  return dump(encode_from(cluster_id, response));
 }
 
 /// One line of a streamed answer.
 template <class Response>
-std::string write_line(const Response& response) {
-  return dump({{"result", encode(response)}}) + '\n';
+std::string write_line(std::uint64_t cluster_id, const Response& response) {
+  return dump({{"result", encode_from(cluster_id, response)}}) + '\n';
 }
 
 COORDINATION_API std::string error_body(const Refusal& refusal) {
@@ -9663,6 +9677,7 @@ class Store {
   Accounts& accounts() { return accounts_; }
   Faults& faults() { return faults_; }
   std::int64_t requests() const { return requests_; }
+  std::uint64_t& cluster_id() { return cluster_id_; }
   std::shared_ptr<ManualClock>& manual_clock() { return manual_clock_; }
   /// Tells the watchers what has changed: of each revision one line to each.
   void publish() {
@@ -9774,7 +9789,7 @@ class Store {
     if (const MaybeRefusal refusal = refuse(request, *body)) return respond(*refusal);
     const auto reply = handle(*body);
     if (auto* refusal = std::get_if<Refusal>(&reply)) return respond(*refusal);
-    return {200, write_body(*std::get_if<0>(&reply))};
+    return {200, write_body(cluster_id_, *std::get_if<0>(&reply))};
   }
 
   HttpResponse keep_alive(const HttpRequest& request) {
@@ -9785,7 +9800,7 @@ class Store {
         response.body += error_line(*refusal);
         break;
       }
-      response.body += write_line(mvcc_.keep_alive(body.id, clock_->now()));
+      response.body += write_line(cluster_id_, mvcc_.keep_alive(body.id, clock_->now()));
     }
     return response;
   }
@@ -10006,7 +10021,9 @@ class Store {
         continue;
       }
       std::string text;
-      for (const auto& line : std::exchange(stream.lines, {})) text += write_line(line);
+      for (const auto& line : std::exchange(stream.lines, {})) {
+        text += write_line(cluster_id_, line);
+      }
       const milliseconds delay = faults_.delay;
       lock.unlock();
       auto error = linger(delay, request, stream.ctx);
@@ -10033,7 +10050,7 @@ class Store {
     if (stream.end == StreamEnd::Clean) return HttpResponse{200, ""};
     if (stream.end == StreamEnd::MidLine && stream.sink) {
       if (stream.lines.empty()) stream.lines.push_back({mvcc_.revision(), -1});
-      const std::string line = write_line(stream.lines.front());
+      const std::string line = write_line(cluster_id_, stream.lines.front());
       lock.unlock();
       stream.sink(std::string_view{line}.substr(0, line.size() / 2));
       lock.lock();
@@ -10047,6 +10064,7 @@ class Store {
   Mvcc mvcc_;
   Accounts accounts_;
   Faults faults_;
+  std::uint64_t cluster_id_{random_number() | 1};
   std::int64_t requests_{0};
   std::int64_t published_{1};  // the revision that watchers have been told of
   std::set<WatchStream*> streams_;
@@ -10146,6 +10164,10 @@ COORDINATION_API void MemoryEtcd::restart_empty() {
   store_->with([](auto& store) { store.restart_empty(); });
 }
 
+COORDINATION_API void MemoryEtcd::set_cluster_id(std::uint64_t id) {
+  store_->with([&](auto& store) { store.cluster_id() = id; });
+}
+
 COORDINATION_API void MemoryEtcd::enable_auth(const std::string& root_password) {
   add_user("root", root_password, "");
   store_->with(
@@ -10159,6 +10181,10 @@ COORDINATION_API void MemoryEtcd::add_user(const std::string& name, const std::s
 
 COORDINATION_API std::int64_t MemoryEtcd::requests() const {
   return store_->with([](auto& store) { return store.requests(); });
+}
+
+COORDINATION_API std::uint64_t MemoryEtcd::cluster_id() const {
+  return store_->with([](auto& store) { return store.cluster_id(); });
 }
 
 COORDINATION_API std::int64_t MemoryEtcd::revision() const {

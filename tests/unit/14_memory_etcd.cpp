@@ -418,6 +418,36 @@ TEST_CASE("a MemoryEtcd that goes away ends its streams") {
   CHECK(lost);
 }
 
+TEST_CASE_FIXTURE(Fixture, "whose answer it is") {
+  const Fixture other;
+  CHECK(etcd->cluster_id() != 0);
+  CHECK(etcd->cluster_id() != other.etcd->cluster_id());
+
+  WatchCall watch(gateway, {create_request(1, "a")});
+  REQUIRE(watch.wait_lines(1));
+  gateway.grant(7, 5);
+  std::size_t puts = 0;
+  const auto ids = [&] {
+    gateway.put("a", "1");
+    REQUIRE(watch.events(1, puts + 1).size() == ++puts);
+    Json lines = gateway.keep_alive({7});
+    lines.push_back({{"result", watch.results().back()}});
+    lines.push_back({{"result", gateway.get("a").json}});
+    std::set<std::string> ids;
+    for (const Json& line : lines) {
+      ids.insert(line["result"]["header"]["cluster_id"].get<std::string>());
+    }
+    return ids;
+  };
+  CHECK(ids() == std::set<std::string>{std::to_string(etcd->cluster_id())});
+  etcd->set_cluster_id(18446744073709551615u);
+  CHECK(ids() == std::set<std::string>{"18446744073709551615"});
+  CHECK(etcd->cluster_id() == 18446744073709551615u);
+
+  etcd->restart_empty();
+  CHECK(etcd->cluster_id() == 18446744073709551615u);
+}
+
 TEST_CASE_FIXTURE(Fixture, "many threads at once") {
   const int rounds = support::scaled(400);
   std::atomic<int> done{0};
