@@ -389,7 +389,7 @@ struct RangeRequest {
   SortOrder sort_order{SortOrder::None};
   SortTarget sort_target{SortTarget::Key};
   bool serializable{false};  // true = from the member's own data, which may be old
-  bool keys_only{false};
+  bool keys_only{false};     // no values; from etcd 3.7 on no leases either
   bool count_only{false};
   std::int64_t min_mod_revision{0}, max_mod_revision{0};
   std::int64_t min_create_revision{0}, max_create_revision{0};
@@ -2492,7 +2492,8 @@ struct EtcdError {
   std::string message;
 };
 
-/// Of a unary reply or of the line of a stream, in the shapes of 3.4 and 3.5; empty if it is none.
+/// Of a unary reply or of the line of a stream, from either gateway (3.4 and some 3.5, or later);
+/// empty if it is none.
 COORDINATION_API std::optional<EtcdError> decode_error(const Json& json) {
   const Json& error = member(json, "error");
   const Json& from = error.is_object() ? error : json;

@@ -36,10 +36,14 @@ install_missing() {
   tools/install.sh g++-mingw-w64-x86-64-posix || true
 }
 
-# The conformance tests run on this one, too, if it can be had.
-find_etcd35() {
-  local path
-  if path=$(tools/fetch_etcd35.sh "$build/etcd35"); then export COORDINATION_ETCD35=$path; fi
+# Those that the conformance tests run on, beside the one that is installed: into a file, as it is
+# done in the background.
+fetch_etcds() {
+  local version path paths=
+  for version in 3.5 3.6 3.7; do
+    if path=$(tools/fetch_etcd.sh "$version" "$build/etcd/$version"); then paths+=:$path; fi
+  done
+  echo "${paths#:}" > "$build/etcds"
 }
 
 build_preset() {  # PRESET [CMAKE OPTION...]
@@ -134,7 +138,6 @@ trap finish EXIT
 trap 'exit 130' INT TERM
 
 phase "install what is missing" install_missing
-phase "find an etcd 3.5" find_etcd35
 if command -v ninja > /dev/null; then export CMAKE_GENERATOR=Ninja; fi
 
 # The sanitizers with the other compiler, if it can: so both compile everything.
@@ -142,18 +145,21 @@ options=()
 if echo 'int main() {}' | clang++ -fsanitize=address -x c++ - -o "$build/probe" 2> /dev/null; then
   options=(-DCMAKE_CXX_COMPILER=clang++)
 fi
-build_sanitized() {
-  build_preset asan "${options[@]}" && build_preset tsan "${options[@]}"
+prepare() {
+  fetch_etcds && build_preset asan "${options[@]}" && build_preset tsan "${options[@]}"
 }
 
 # Most tests wait more than they work: compile meanwhile.
 status=0
 phase "dev: build" build_preset dev
-in_background build_sanitized
-phase "dev: test" run_tests dev most -LE 'alone|build' || status=1
-phase "asan, tsan: build" finish_background
+in_background prepare
+phase "dev: test" run_tests dev most -LE 'alone|build|conformance' || status=1
+phase "asan, tsan: build, and more etcds" finish_background
+COORDINATION_ETCDS=$(< "$build/etcds")
+export COORDINATION_ETCDS
 phase "dev: tests that run alone" run_tests dev alone -L alone || status=1
 in_background run_tests dev build -L build
+phase "dev: conformance" run_tests dev conformance -L conformance || status=1
 phase "asan: test" run_tests asan all -j $((jobs + 1)) || status=1
 phase "tsan: test" run_tests tsan all -j $((jobs + 1)) || status=1
 phase "dev: how it can be compiled" finish_background || status=1

@@ -119,10 +119,19 @@ CONFORMANCE("limit, more and count") {
 CONFORMANCE("keys_only, count_only, serializable") {
   const Gateway g = etcd.gateway();
   const std::string p = etcd.prefix();
+  const auto lease = etcd.lease_id();
+  g.grant(lease, 600);
+  put_keys(g, p, 2);
+  g.put(p + "k2", "v2", {{"lease", std::to_string(lease)}});
+  for (const char* target : {"KEY", "VALUE"}) {
+    const auto keys = g.range(prefix_range(p, {{"keys_only", true}, {"sort_target", target}}));
+    REQUIRE(keys_of(keys).size() == 3);
+    for (const Json& kv : keys.json["kvs"]) CHECK_FALSE(kv.contains("value"));
+    const bool by_index = etcd.has(Quirk::KeysOnlyHasNoLease) && target == std::string("KEY");
+    CHECK(number(keys.json["kvs"][2], "lease") == (by_index ? 0 : lease));
+  }
+  g.revoke(lease);
   put_keys(g, p, 3);
-  const auto keys = g.range(prefix_range(p, {{"keys_only", true}}));
-  REQUIRE(keys_of(keys).size() == 3);
-  for (const Json& kv : keys.json["kvs"]) CHECK_FALSE(kv.contains("value"));
   const auto count = g.range(prefix_range(p, {{"count_only", true}, {"limit", 1}}));
   CHECK_FALSE(count.json.contains("kvs"));
   CHECK_FALSE(count.json.contains("more"));

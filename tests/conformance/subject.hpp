@@ -1,7 +1,7 @@
 // Whom the conformance tests are run on, and in what these are known to differ.
 //
-// Always: MemoryEtcd, and the etcd that is installed. And those that COORDINATION_ETCD35 names
-// (paths separated by ':'), see tools/fetch_etcd35.sh.
+// Always: MemoryEtcd, and the etcd that is installed. And those that COORDINATION_ETCDS names
+// (paths separated by ':'), see tools/fetch_etcd.sh.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -52,39 +52,69 @@ enum class Quirk {
   ProgressWithoutWatcher,
   NegativeStartCompacts,
   CompactionEatsDelete,
+  StatusForAllUsers,
+  TxnRefusedByFirst,
+  LeaseBeforeKeyInTxn,
+  KeysOnlyHasNoLease,
 };
+
+/// Which etcds are so. MemoryEtcd never is.
+struct Which {
+  int first, last;
+  bool of_gateway_v1;  // whatever the version
+
+  bool holds(int version, bool gateway_v1) const {
+    return of_gateway_v1 ? gateway_v1 : version >= first && version <= last;
+  }
+};
+constexpr Which until(int major, int minor, int patch) {
+  return {0, version(major, minor, patch), false};
+}
+constexpr Which since(int major, int minor, int patch) {
+  return {version(major, minor, patch), version(99, 0, 0), false};
+}
+/// It is in etcd 3.4 and in the project's own builds of 3.5; Debian links its 3.5 with v2, which
+/// everybody's 3.6 has.
+constexpr Which kGatewayV1{0, 0, true};
 
 struct Difference {
   Quirk quirk;
-  int last;  // the newest etcd that is so; MemoryEtcd never is
+  Which which;
   const char* reason;
 };
 
-// The one table of differences. It was measured with 3.4.23, 3.5.16 and 3.5.30: where a limit is
-// 3.5.29, the change came somewhere between the last two.
+// The one table of differences. It was measured with 3.4.23, 3.5.16, 3.5.30, 3.5.35, 3.6.16 and
+// 3.7.3: where a limit is 3.5.29, the change came somewhere after 3.5.23, and in 3.6 after 3.6.8.
 inline const Difference kDifferences[] = {
-    {Quirk::V1Errors, version(3, 4, 99),
-     "3.4 has grpc-gateway v1, which also puts the message into `error`"},
-    {Quirk::PreconditionIs412, version(3, 4, 99),
-     "gateway v1 maps FailedPrecondition to 412, v2 to 400"},
-    {Quirk::NotFoundIsText, version(3, 4, 99),
+    {Quirk::V1Errors, kGatewayV1, "gateway v1 also puts the message into `error`"},
+    {Quirk::PreconditionIs412, until(3, 4, 99),
+     "the gateway of 3.4 maps FailedPrecondition to 412, later ones to 400"},
+    {Quirk::NotFoundIsText, kGatewayV1,
      "gateway v1 answers an unknown path in plain text, v2 in JSON"},
-    {Quirk::UnknownEnumRefused, version(3, 4, 99),
-     "3.4 refuses an unknown enum name, 3.5 takes it for the first one"},
-    {Quirk::LeasesNeedNoToken, version(3, 5, 29),
+    {Quirk::UnknownEnumRefused, kGatewayV1,
+     "gateway v1 refuses an unknown enum name, v2 takes it for the first one"},
+    {Quirk::LeasesNeedNoToken, until(3, 5, 29),
      "lease, maintenance and compaction calls did not ask for a token"},
-    {Quirk::KeysNeedNoToken, version(3, 4, 99), "3.4 tells anybody the keys of a lease"},
-    {Quirk::NestedTxnUnchecked, version(3, 5, 29),
+    {Quirk::KeysNeedNoToken, until(3, 4, 99), "3.4 tells anybody the keys of a lease"},
+    {Quirk::NestedTxnUnchecked, until(3, 5, 29),
      "permissions were not looked for inside a nested txn"},
-    {Quirk::TokenRefusedWhileOff, version(3, 4, 99),
+    {Quirk::TokenRefusedWhileOff, until(3, 4, 99),
      "3.4 refuses a token while authentication is off, 3.5 ignores it"},
-    {Quirk::ProgressWithoutWatcher, version(3, 4, 99),
+    {Quirk::ProgressWithoutWatcher, until(3, 4, 99),
      "3.5 answers a progress request only if there is a watcher, and none is catching up"},
-    {Quirk::NegativeStartCompacts, version(3, 5, 29),
+    {Quirk::NegativeStartCompacts, until(3, 5, 29),
      "a negative start_revision was taken for a compacted one, and is refused now"},
-    {Quirk::CompactionEatsDelete, version(3, 5, 15),
+    {Quirk::CompactionEatsDelete, until(3, 5, 15),
      "compaction at the very revision of a delete dropped its event (etcd issue 18089); 3.5.16 is "
      "the oldest without it that was tried"},
+    {Quirk::StatusForAllUsers, since(3, 5, 31),
+     "3.5.30 told its status to root only, the next ones to whoever has logged in"},
+    {Quirk::TxnRefusedByFirst, since(3, 6, 0),
+     "a txn with several faults was refused for its puts before its ranges; now for the first"},
+    {Quirk::LeaseBeforeKeyInTxn, since(3, 7, 0),
+     "a put in a txn was looked at for its key first, and is for its lease now, as by itself"},
+    {Quirk::KeysOnlyHasNoLease, since(3, 7, 0),
+     "keys_only is answered from the index, which knows nothing of leases"},
 };
 
 /// One etcd under test.
@@ -101,7 +131,7 @@ class Subject {
   bool has(Quirk quirk) const {
     for (const Difference& row : kDifferences) {
       if (row.quirk != quirk) continue;
-      return !is_memory_ && version_ <= row.last;
+      return !is_memory_ && row.which.holds(version_, gateway_v1_);
     }
     FAIL("a quirk that is not in the table");
     return false;
@@ -121,10 +151,14 @@ class Subject {
   std::string prefix() { return "t" + std::to_string(++count_) + "/"; }
   std::int64_t lease_id() { return 1000 + ++count_; }
 
+ protected:
+  void set_gateway_v1(bool is_v1) { gateway_v1_ = is_v1; }
+
  private:
   std::string name_;
   int version_;
   bool is_memory_;
+  bool gateway_v1_{false};
   std::int64_t count_{0};
 };
 
@@ -148,7 +182,9 @@ class RealSubject : public Subject {
  public:
   RealSubject(std::string binary, int number)
       : Subject("etcd " + text(number), number, false), binary_(std::move(binary)),
-        server_(options(binary_)), transport_(coordination::make_default_transport()) {}
+        server_(options(binary_)), transport_(coordination::make_default_transport()) {
+    set_gateway_v1(RealSubject::gateway().range(Json::object()).json.contains("error"));
+  }
   Gateway gateway() override { return {transport_, server_.url()}; }
   std::unique_ptr<Subject> fresh() override {
     return std::make_unique<RealSubject>(binary_, version());
@@ -212,7 +248,7 @@ inline std::vector<Binary> binaries() {
 #if COORDINATION_USE_HTTPLIB
   const std::string installed = support::etcd_program();
   if (!installed.empty()) found.push_back(look_at(installed));
-  const char* more = std::getenv("COORDINATION_ETCD35");
+  const char* more = std::getenv("COORDINATION_ETCDS");
   std::istringstream paths(more ? more : "");
   for (std::string path; std::getline(paths, path, ':');) {
     if (!path.empty()) found.push_back(look_at(path));
@@ -254,6 +290,15 @@ inline void check_error(Subject& etcd, const Reply& reply, int status, int code,
   CHECK(reply.code() == code);
   CHECK(reply.message() == message);
   CHECK(reply.json.contains("error") == etcd.has(Quirk::V1Errors));
+}
+
+/// The same, as a line of a stream.
+inline void check_error_line(Subject& etcd, const Json& line, int code,
+                             const std::string& message) {
+  CAPTURE(line);
+  const Json& error = line["error"];
+  CHECK(error[etcd.has(Quirk::V1Errors) ? "grpc_code" : "code"] == code);
+  CHECK(error["message"] == message);
 }
 
 /// Keys of a range's answer.

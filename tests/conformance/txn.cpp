@@ -266,7 +266,11 @@ CONFORMANCE("a txn that is refused changes nothing") {
   check_refused(put(p + "y", "1", {{"ignore_lease", true}}), 400, 3, "etcdserver: key not found");
   // A put by itself would say that there is no such lease.
   const Json no_lease = {{"ignore_value", true}, {"lease", std::to_string(etcd.lease_id())}};
-  check_refused(put(p + "y", "", no_lease), 400, 3, "etcdserver: key not found");
+  if (etcd.has(Quirk::LeaseBeforeKeyInTxn)) {
+    check_refused(put(p + "y", "", no_lease), 404, 5, "etcdserver: requested lease not found");
+  } else {
+    check_refused(put(p + "y", "", no_lease), 400, 3, "etcdserver: key not found");
+  }
   check_refused(put(p + "a", "1", {{"ignore_value", true}}), 400, 3,
                 "etcdserver: value is provided");
   check_refused(range(p + "a", {{"revision", std::to_string(before + 1)}}), 400, 11,
@@ -278,6 +282,15 @@ CONFORMANCE("a txn that is refused changes nothing") {
   const Jsons fails = {compare(p + "a", "VERSION", "EQUAL", "version", "9")};
   const Jsons bad = {put(p + "y", "1", {{"lease", std::to_string(etcd.lease_id())}})};
   CHECK(g.txn(fails, bad, {put(p + "x", "1")}).status == 200);
+}
+
+CONFORMANCE("a txn that is wrong in two ways") {
+  const Gateway g = etcd.gateway();
+  const std::string p = etcd.prefix();
+  const Json future = range(p + "a", {{"revision", std::to_string(g.revision() + 1)}});
+  const Json no_lease = put(p + "y", "1", {{"lease", std::to_string(etcd.lease_id())}});
+  CHECK(g.txn({}, {no_lease, future}).code() == 5);
+  CHECK(g.txn({}, {future, no_lease}).code() == (etcd.has(Quirk::TxnRefusedByFirst) ? 11 : 5));
 }
 
 CONFORMANCE("a txn that reads a compacted revision is refused") {

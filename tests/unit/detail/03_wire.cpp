@@ -452,13 +452,15 @@ TEST_CASE("answers: members of a wrong kind do no harm") {
 
 // Errors.
 
-TEST_CASE("errors of etcd: the shapes of 3.4 and 3.5") {
+TEST_CASE("errors of etcd: the shapes of either gateway") {
   const std::pair<const char*, wire::EtcdError> cases[] = {
       {R"({"error":"etcdserver: key is not provided","message":"etcdserver: key is not provided",
         "code":3})",
        {3, "etcdserver: key is not provided"}},
       {R"({"code":3, "message":"etcdserver: key is not provided"})",
        {3, "etcdserver: key is not provided"}},
+      {"{ \"message\" : \"etcdserver: no leader\",\n \"code\":  14, \"details\":[ ] }",
+       {14, "etcdserver: no leader"}},
       {R"({"error":{"grpc_code":14,"http_code":503,"message":"etcdserver: no leader",
         "http_status":"Service Unavailable"}})",
        {14, "etcdserver: no leader"}},
