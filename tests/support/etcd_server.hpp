@@ -17,6 +17,7 @@ struct EtcdOptions {
   std::vector<std::string> flags;   // added to the command line
   std::string scheme{"http"};       // "https" if the flags bring certificates
   std::string listen{"127.0.0.1"};  // or "[::1]"
+  int port{0};                      // 0 = a free one; else it is started and not waited for
 };
 
 inline std::string etcd_program(const std::string& binary = "") {
@@ -29,6 +30,11 @@ inline std::string etcd_program(const std::string& binary = "") {
 class EtcdServer {
  public:
   explicit EtcdServer(EtcdOptions options = {}) : options_(std::move(options)) {
+    port_ = options_.port;
+    if (port_ != 0) {
+      launch();
+      return;
+    }
     const int attempts = 10;  // another program may take the port before etcd does
     for (int i = 0; i < attempts; ++i) {
       port_ = free_port();
@@ -52,6 +58,26 @@ class EtcdServer {
   void terminate() { process_->terminate(); }
   void stop_signal() { process_->stop_signal(); }
   void continue_signal() { process_->continue_signal(); }
+
+  /// Starts it on the same port with the same data; see serving().
+  void launch() {
+    printed_before_ = output().size();
+    ProcessOptions options;
+    options.output_file = folder_.file("etcd.log");
+    options.work_dir = folder_.path();
+    process_ = std::make_unique<Process>(command_line(), options);
+  }
+  /// Waits until it serves; false if it ends before or does not within the limit.
+  bool serving(milliseconds limit = 20s) {
+    bool serves = false;
+    wait_until(
+        [&] {
+          serves = output().find("serving client traffic", printed_before_) != std::string::npos;
+          return serves || !process_->running();
+        },
+        lenient(limit));
+    return serves && process_->running();
+  }
 
   /// Kills it if it runs, and starts it on the same port with the same data.
   void restart() {
@@ -97,19 +123,8 @@ class EtcdServer {
   }
 
   bool start_once() {
-    const auto printed_before = output().size();
-    ProcessOptions options;
-    options.output_file = folder_.file("etcd.log");
-    options.work_dir = folder_.path();
-    process_ = std::make_unique<Process>(command_line(), options);
-    bool serving = false;
-    wait_until(
-        [&] {
-          serving = output().find("serving client traffic", printed_before) != std::string::npos;
-          return serving || !process_->running();
-        },
-        lenient(20s));
-    return serving && process_->running();
+    launch();
+    return serving();
   }
 
   void wipe() {
@@ -120,6 +135,7 @@ class EtcdServer {
   EtcdOptions options_;
   TempDir folder_;
   int port_{0};
+  std::size_t printed_before_{0};  // by earlier starts
   std::unique_ptr<Process> process_;
 };
 

@@ -5,11 +5,15 @@
 #include <netinet/tcp.h>
 #include <sys/eventfd.h>
 
+#include <algorithm>
+#include <deque>
 #include <functional>
 #include <list>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "process.hpp"
@@ -19,7 +23,12 @@ namespace support {
 /// Forwards 127.0.0.1:port() to another port of 127.0.0.1. One thread.
 class TcpProxy {
  public:
-  explicit TcpProxy(int target) : target_(target), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  enum class Way { Both, Up, Down };  // up: from the client to the server
+  /// What to call a connection by, if these bytes of its client tell; else "".
+  using Label = std::function<std::string(std::string_view bytes)>;
+
+  explicit TcpProxy(int target, Label label = nullptr)
+      : target_(target), label_(std::move(label)), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     for (int i = 0; i < 10 && listener_ < 0; ++i) {
       port_ = free_port();
       listen_now();
@@ -51,12 +60,18 @@ class TcpProxy {
       for (auto& link : links_) link.budget = static_cast<long>(bytes);
     });
   }
-  /// Passes nothing on; connections stay open, and new ones can be made.
-  void pause() {
-    command([this] { paused_ = true; });
+  /// Passes nothing on; connections stay open, and new ones can be made. With a label: on those
+  /// connections only.
+  void pause(Way way = Way::Both, const std::string& label = "") {
+    command([&] { pauses_.push_back({way, label}); });
   }
+  /// Takes back every pause.
   void resume() {
-    command([this] { paused_ = false; });
+    command([this] { pauses_.clear(); });
+  }
+  /// Everything that comes from now on, from either side, is passed on so much later.
+  void delay(milliseconds each_way) {
+    command([this, each_way] { delay_ = each_way; });
   }
   /// Resets what is open, and refuses new connections, until refuse(false).
   void refuse(bool on = true) {
@@ -84,14 +99,25 @@ class TcpProxy {
   }
 
  private:
+  using Time = std::chrono::steady_clock::time_point;
+  struct Pause {
+    Way way;
+    std::string label;  // "" = all
+  };
+  struct Piece {
+    Time due;
+    std::string bytes;  // none: the end
+  };
   struct Direction {
+    Way way;
     int from{-1}, to{-1};
-    std::string waiting;  // read and not yet written
-    bool ended{false};    // `from` has said that it is done
+    std::deque<Piece> waiting{};  // read and not yet written
+    bool ended{false};            // `from` has said that it is done
   };
   struct Link {
-    Direction up, down;  // client to server, server to client
-    long budget{-1};     // bytes that may still pass down; -1 = any number
+    Direction up{Way::Up}, down{Way::Down};
+    std::string label{};
+    long budget{-1};  // bytes that may still pass down; -1 = any number
     bool broken{false}, orderly{false};
   };
 
@@ -135,13 +161,14 @@ class TcpProxy {
   void loop() {
     for (;;) {
       std::vector<pollfd> fds;
+      int limit = -1;
       {
         std::lock_guard<std::mutex> hold(mutex_);
         if (stopping_) return;
         move_bytes();
-        fds = interests();
+        fds = interests(&limit);
       }
-      poll(fds.data(), fds.size(), -1);
+      poll(fds.data(), fds.size(), limit);
       std::uint64_t count = 0;
       if (read(wake_, &count, sizeof(count)) < 0) continue;  // it was not a command
     }
@@ -149,9 +176,7 @@ class TcpProxy {
   void move_bytes() {
     while (listener_ >= 0 && accept_one()) {
     }
-    if (!paused_) {
-      for (auto& link : links_) pump_link(link);
-    }
+    for (auto& link : links_) pump_link(link);
     for (auto& link : links_) {
       if (link.broken) close_link(link, !link.orderly);
     }
@@ -173,6 +198,12 @@ class TcpProxy {
     links_.push_back(std::move(link));
     return true;
   }
+  bool paused(const Link& link, const Direction& way) const {
+    return std::any_of(pauses_.begin(), pauses_.end(), [&](const Pause& pause) {
+      const bool this_way = pause.way == Way::Both || pause.way == way.way;
+      return this_way && (pause.label.empty() || pause.label == link.label);
+    });
+  }
   void pump_link(Link& link) {
     pump(link, link.up, nullptr);
     pump(link, link.down, &link.budget);
@@ -184,50 +215,78 @@ class TcpProxy {
     return errno == EAGAIN || errno == EINPROGRESS || errno == ENOTCONN || errno == EINTR;
   }
   void pump(Link& link, Direction& way, long* budget) {
-    char bytes[16384];
-    while (!link.broken && !way.ended && way.waiting.empty()) {
-      const ssize_t n = recv(way.from, bytes, sizeof(bytes), 0);
-      if (n > 0) {
-        way.waiting.assign(bytes, static_cast<std::size_t>(n));
-        write_out(link, way, budget);
-      } else if (n == 0) {
-        way.ended = true;
-        shutdown(way.to, SHUT_WR);
-      } else {
-        if (!would_block()) link.broken = true;
-        return;
-      }
+    while (!link.broken && !paused(link, way)) {
+      write_out(link, way, budget);
+      if (link.broken || !takes_more(way) || !read_in(link, way)) return;
     }
-    if (!way.waiting.empty()) write_out(link, way, budget);
+  }
+  bool takes_more(const Direction& way) const {
+    constexpr std::size_t kMost = 1024;  // pieces
+    return !way.ended && way.waiting.size() < (delay_.count() > 0 ? kMost : 1);
+  }
+  /// False if there was nothing to read.
+  bool read_in(Link& link, Direction& way) {
+    char bytes[16384];
+    const ssize_t n = recv(way.from, bytes, sizeof(bytes), 0);
+    if (n < 0) {
+      if (!would_block()) link.broken = true;
+      return false;
+    }
+    std::string piece(bytes, static_cast<std::size_t>(n));
+    if (way.way == Way::Up && label_ && link.label.empty()) link.label = label_(piece);
+    way.ended = piece.empty();
+    way.waiting.push_back({std::chrono::steady_clock::now() + delay_, std::move(piece)});
+    return true;
   }
   void write_out(Link& link, Direction& way, long* budget) {
-    std::size_t allowed = way.waiting.size();
+    const auto now = std::chrono::steady_clock::now();
+    while (!link.broken && !way.waiting.empty() && way.waiting.front().due <= now) {
+      std::string& bytes = way.waiting.front().bytes;
+      if (bytes.empty()) {
+        shutdown(way.to, SHUT_WR);
+      } else if (!write_some(link, way.to, bytes, budget)) {
+        return;
+      }
+      way.waiting.pop_front();
+    }
+  }
+  /// True if it has written all.
+  static bool write_some(Link& link, int to, std::string& bytes, long* budget) {
+    std::size_t allowed = bytes.size();
     if (budget != nullptr && *budget >= 0) {
       allowed = std::min(allowed, static_cast<std::size_t>(*budget));
     }
-    const ssize_t n = allowed == 0 ? 0 : send(way.to, way.waiting.data(), allowed, MSG_NOSIGNAL);
+    const ssize_t n = allowed == 0 ? 0 : send(to, bytes.data(), allowed, MSG_NOSIGNAL);
     if (n < 0) {
       if (!would_block()) link.broken = true;
-      return;
+      return false;
     }
-    way.waiting.erase(0, static_cast<std::size_t>(n));
-    if (budget == nullptr || *budget < 0) return;
-    *budget -= n;
-    if (*budget <= 0) link.broken = link.orderly = true;
+    bytes.erase(0, static_cast<std::size_t>(n));
+    if (budget != nullptr && *budget >= 0) {
+      *budget -= n;
+      if (*budget <= 0) link.broken = link.orderly = true;
+    }
+    return bytes.empty();
   }
 
-  std::vector<pollfd> interests() const {
+  /// What to wait for, and for how many milliseconds at most.
+  std::vector<pollfd> interests(int* limit) const {
+    const auto now = std::chrono::steady_clock::now();
+    Time next = Time::max();
     std::vector<pollfd> fds{{wake_, POLLIN, 0}};
     if (listener_ >= 0) fds.push_back({listener_, POLLIN, 0});
-    if (paused_) return fds;
     for (const auto& link : links_) {
       for (const Direction* way : {&link.up, &link.down}) {
-        if (!way->waiting.empty()) {
-          fds.push_back({way->to, POLLOUT, 0});
-        } else if (!way->ended) {
-          fds.push_back({way->from, POLLIN, 0});
-        }
+        if (paused(link, *way)) continue;
+        if (takes_more(*way)) fds.push_back({way->from, POLLIN, 0});
+        if (way->waiting.empty()) continue;
+        const Time due = way->waiting.front().due;
+        if (due <= now) fds.push_back({way->to, POLLOUT, 0});
+        if (due > now) next = std::min(next, due);
       }
+    }
+    if (next != Time::max()) {
+      *limit = static_cast<int>(std::chrono::ceil<milliseconds>(next - now).count());
     }
     return fds;
   }
@@ -246,11 +305,13 @@ class TcpProxy {
 
   std::mutex mutex_;
   int target_;
+  const Label label_;
   int wake_;
   int port_{0};
   int listener_{-1};
   int accepted_{0};
-  bool paused_{false};
+  std::vector<Pause> pauses_;
+  milliseconds delay_{0};
   bool stopping_{false};
   std::list<Link> links_;
   std::thread thread_;

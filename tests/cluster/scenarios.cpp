@@ -1,0 +1,382 @@
+// What a program sees while a cluster of three suffers in one way after the other.
+//
+// In a few minutes: each scenario once, with limits that hold on a busy machine. With
+// COORDINATION_CLUSTER_ROUNDS=5: five times each, on every etcd of COORDINATION_ETCDS, with the
+// limits of a quiet machine, and a table at the end.
+#include <cstdio>
+
+#include "load.hpp"
+
+using namespace cluster;
+
+namespace {
+
+int rounds() {
+  const char* value = std::getenv("COORDINATION_CLUSTER_ROUNDS");
+  return value != nullptr ? std::max(1, std::atoi(value)) : 0;
+}
+bool is_long() { return rounds() > 0; }
+
+/// The etcds to run on: in the short form the last that is named.
+std::vector<std::string> binaries() {
+  const char* named = std::getenv("COORDINATION_ETCDS");
+  std::istringstream paths(named != nullptr ? named : "");
+  std::vector<std::string> result;
+  for (std::string path; std::getline(paths, path, ':');) {
+    if (!find_program(path).empty()) result.push_back(path);
+  }
+  if (result.empty()) result.push_back(etcd_program());
+  if (!is_long()) result.erase(result.begin(), result.end() - 1);
+  return result;
+}
+
+/// The cluster that scenarios share, as long as they leave it as they have found it.
+class SharedCluster {
+ public:
+  EtcdCluster& of(const std::string& binary) {
+    if (!cluster_ || binary_ != binary) {
+      cluster_.reset();
+      ClusterOptions options;
+      options.binary = binary_ = binary;
+      cluster_ = std::make_unique<EtcdCluster>(options);
+    }
+    return *cluster_;
+  }
+  void drop() { cluster_.reset(); }
+
+ private:
+  std::string binary_;
+  std::unique_ptr<EtcdCluster> cluster_;
+};
+
+/// One round of a scenario.
+struct Stage {
+  EtcdCluster& etcd;
+  std::size_t in_use;  // the member that the program talks to
+  std::size_t leader;
+  std::vector<std::string> endpoints;
+
+  std::size_t other_than(std::size_t a) const { return (a + 1) % 3; }
+  /// In the short form `shorter`.
+  static void pass(milliseconds time, milliseconds shorter) {
+    std::this_thread::sleep_for(is_long() ? time : shorter);
+  }
+};
+
+enum class InUse { Leader, Follower, Either };  // Either: a round each
+
+struct Scenario {
+  std::string name;
+  InUse in_use;
+  std::function<void(Stage&)> strike;
+  // Limits in seconds on a quiet machine; a negative one is no limit. Where an answer never comes,
+  // and nobody can tell whether the write was applied, who writes one thing after the other waits
+  // for the deadline. So what is limited everywhere is the gap of writes that begin while others
+  // wait: `new_writes`.
+  double read{2.5}, new_writes{2.5}, watch{3}, idle_watch{6};
+  double read_1s{-1}, write{-1}, write_2s{-1};
+  bool keeps_locks{true};
+  std::function<void(Stage&)> prepare{};  // may change the endpoints
+  std::function<void(Stage&)> clean_up{};
+};
+
+/// The same where no answer is lost for good.
+Scenario all_limited(Scenario scenario) {
+  scenario.read_1s = scenario.write = scenario.write_2s = scenario.new_writes;
+  return scenario;
+}
+
+struct Row {
+  int rounds{0};
+  Outcomes worst{};  // gaps: the longest; counts: of all rounds
+
+  void add(const Outcomes& one) {
+    ++rounds;
+    for (auto gap : {&Outcomes::read, &Outcomes::read_1s, &Outcomes::write, &Outcomes::write_2s,
+                     &Outcomes::new_writes, &Outcomes::watch, &Outcomes::idle_watch,
+                     &Outcomes::worst_overrun}) {
+      worst.*gap = std::max(worst.*gap, one.*gap);
+    }
+    for (auto count :
+         {&Outcomes::locks, &Outcomes::locks_kept, &Outcomes::control_lost,
+          &Outcomes::lies_of_locks, &Outcomes::registrations, &Outcomes::overrun, &Outcomes::events,
+          &Outcomes::lost, &Outcomes::repeated, &Outcomes::reordered, &Outcomes::writes,
+          &Outcomes::maybe, &Outcomes::lies, &Outcomes::keys_left}) {
+      worst.*count += one.*count;
+    }
+  }
+  std::string text() const {
+    char line[300];
+    std::snprintf(
+        line, sizeof(line),
+        "%5.2f %5.2f | %5.2f %5.2f %5.2f | %5.2f %5.2f | %3d/%-3d (%3d/%-3d) | %3d %5.2f | "
+        "%6d %2d/%d/%d | %6d %3d %d | %d",
+        worst.read, worst.read_1s, worst.write, worst.write_2s, worst.new_writes, worst.watch,
+        worst.idle_watch, worst.locks_kept, worst.locks,
+        Control::kLeases * rounds - worst.control_lost, Control::kLeases * rounds, worst.overrun,
+        worst.worst_overrun, worst.events, worst.lost, worst.repeated, worst.reordered,
+        worst.writes, worst.maybe, worst.lies, worst.keys_left);
+    return line;
+  }
+};
+
+/// Printed at the end of the program.
+class Table {
+ public:
+  ~Table() {
+    if (rows_.empty()) return;
+    std::printf(
+        "\nlongest gaps in seconds; reads within 5 s, within 1 s | writes within 5 s, within 2 s, "
+        "begun every 0.15 s\n| an event after its write: busy, idle | locks kept (control) | calls "
+        "late, by | events, lost/repeated/reordered\n| writes, maybe applied, lied about | keys "
+        "left\n");
+    for (const auto& [name, row] : rows_)
+      std::printf("%-42s %s\n", name.c_str(), row.text().c_str());
+  }
+  void add(const std::string& name, const Outcomes& outcomes) {
+    for (auto& [known, row] : rows_) {
+      if (known == name) return row.add(outcomes);
+    }
+    rows_.emplace_back(name, Row{});
+    rows_.back().second.add(outcomes);
+  }
+
+ private:
+  std::vector<std::pair<std::string, Row>> rows_;
+};
+
+Table& table() {
+  static Table one;
+  return one;
+}
+
+/// On a busy machine everything takes a while longer.
+double slack() { return is_long() ? 0 : 2; }
+
+void judge(const Scenario& scenario, const Outcomes& out) {
+  const auto within = [](double gap, double limit) { return limit < 0 || gap <= limit + slack(); };
+  for (const auto& note : out.notes) MESSAGE(note);
+  CHECK_MESSAGE(within(out.read_1s, scenario.read_1s),
+                "no read in 1 s for " << out.read_1s << " s");
+  CHECK_MESSAGE(within(out.write, scenario.write), "no write in 5 s for " << out.write << " s");
+  CHECK_MESSAGE(within(out.write_2s, scenario.write_2s),
+                "no write in 2 s for " << out.write_2s << " s");
+  CHECK_MESSAGE(within(out.read, scenario.read), "no read for " << out.read << " s");
+  CHECK_MESSAGE(within(out.new_writes, scenario.new_writes),
+                "no write for " << out.new_writes << " s");
+  CHECK_MESSAGE(within(out.watch, scenario.watch), "an event came after " << out.watch << " s");
+  CHECK_MESSAGE(within(out.idle_watch, scenario.idle_watch),
+                "an event came after " << out.idle_watch << " s where nothing else was done");
+  CHECK_MESSAGE(out.worst_overrun <= (is_long() ? 0.1 : 1),
+                out.worst_call << " took " << out.worst_overrun << " s longer");
+  CHECK(out.events > 0);
+  CHECK(out.lost == 0);
+  CHECK(out.repeated == 0);
+  CHECK(out.reordered == 0);
+  CHECK(out.lies == 0);
+  CHECK(out.lies_of_locks == 0);
+  CHECK(out.registrations == 3);
+  CHECK(out.keys_left == 0);
+  if (scenario.keeps_locks && out.control_lost == 0) CHECK(out.locks_kept == out.locks);
+}
+
+/// A round: the member in use is the leader in every other one where the scenario leaves it open.
+void play(const Scenario& scenario, EtcdCluster& etcd, int round) {
+  REQUIRE(etcd.wait_healthy(30s));
+  const bool lead =
+      scenario.in_use == InUse::Leader || (scenario.in_use == InUse::Either && round % 2 == 0);
+  const std::size_t leader = etcd.leader();
+  REQUIRE(leader < 3);
+  Stage stage{etcd, lead ? leader : (leader + 1) % 3, leader, {}};
+  for (std::size_t k = 0; k < 3; ++k) {
+    stage.endpoints.push_back(etcd.endpoint((stage.in_use + k) % 3));
+  }
+  if (scenario.prepare) scenario.prepare(stage);
+  Load load(etcd, stage.endpoints);
+  REQUIRE(load.warm_up());
+  CHECK(etcd.index_of(load.member_in_use()) == stage.in_use);
+  scenario.strike(stage);
+  etcd.heal();
+  REQUIRE(etcd.wait_healthy(30s));
+  CHECK(load.moves_on());
+  const Outcomes out = load.end();
+  if (scenario.clean_up) scenario.clean_up(stage);
+  judge(scenario, out);
+  Row row;
+  row.add(out);
+  MESSAGE(scenario.name << ": " << row.text());
+  table().add(scenario.name, out);
+}
+
+void run(const Scenario& scenario) {
+  static SharedCluster cluster;
+  for (const auto& binary : binaries()) {
+    for (int round = 0; round < std::max(1, rounds()); ++round) {
+      try {
+        play(scenario, cluster.of(binary), round);
+      } catch (...) {  // who knows in what state it is
+        cluster.drop();
+        throw;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("calm") {
+  run(all_limited({"calm", InUse::Either, [](Stage&) { Stage::pass(5s, 2s); }, 1, 1, 1, 1}));
+}
+
+TEST_CASE("leader killed") {
+  run({"leader killed", InUse::Follower, [](Stage& stage) {
+         stage.etcd.kill(stage.leader);
+         Stage::pass(8s, 5s);
+         stage.etcd.restart(stage.leader);
+       }});
+}
+
+TEST_CASE("member in use killed") {
+  run({"member in use killed", InUse::Either, [](Stage& stage) {
+         stage.etcd.kill(stage.in_use);
+         Stage::pass(8s, 5s);
+         stage.etcd.restart(stage.in_use);
+       }});
+}
+
+TEST_CASE("leader stopped") {
+  // etcd's own fault: when it goes on it may revoke leases that the others have kept alive.
+  run({"leader stopped", InUse::Follower, [](Stage& stage) {
+         stage.etcd.stop(stage.leader);
+         Stage::pass(8s, 5s);
+       }});
+}
+
+TEST_CASE("member in use stopped") {
+  run({"member in use stopped", InUse::Either, [](Stage& stage) {
+         stage.etcd.stop(stage.in_use);
+         Stage::pass(10s, 9s);
+       }});
+}
+
+TEST_CASE("member in use cut off from the others") {
+  run({"member in use cut off, both ways", InUse::Either, [](Stage& stage) {
+         stage.etcd.cut_off(stage.in_use);
+         Stage::pass(12s, 9s);
+       }});
+}
+
+TEST_CASE("member in use cannot be reached by the others") {
+  run({"member in use cut off, inbound", InUse::Leader, [](Stage& stage) {
+         stage.etcd.cut_off(stage.in_use, EtcdCluster::Cut::Inbound);
+         Stage::pass(15s, 9s);
+       }});
+}
+
+TEST_CASE("member in use cannot reach the others") {
+  run({"member in use cut off, outbound", InUse::Either, [](Stage& stage) {
+         stage.etcd.cut_off(stage.in_use, EtcdCluster::Cut::Outbound);
+         Stage::pass(15s, 9s);
+       }});
+}
+
+TEST_CASE("client's link a black hole") {
+  run({"client's link a black hole", InUse::Either, [](Stage& stage) {
+         stage.etcd.black_hole(stage.in_use);
+         Stage::pass(12s, 9s);
+       }});
+}
+
+TEST_CASE("the watch stream alone in a black hole") {
+  run(all_limited({"watch stream a black hole", InUse::Either, [](Stage& stage) {
+                     stage.etcd.black_hole(stage.in_use, "watch");
+                     Stage::pass(12s, 9s);
+                   }}));
+}
+
+TEST_CASE("every link slow") {
+  run(all_limited({"every link 300 ms slow each way", InUse::Either, [](Stage& stage) {
+                     stage.etcd.delay_links(300ms);
+                     Stage::pass(10s, 5s);
+                   }}));
+}
+
+TEST_CASE("two of three away") {
+  Scenario away{"two of three away", InUse::Either, [](Stage& stage) {
+                  stage.etcd.kill(stage.in_use);
+                  stage.etcd.kill(stage.other_than(stage.in_use));
+                  Stage::pass(15s, 5s);
+                  stage.etcd.heal();
+                }};
+  // Nobody can do anything meanwhile; what is measured is that it goes on soon afterwards.
+  const double outage = is_long() ? 15 : 5;
+  away.read = away.new_writes = outage + 4;
+  away.keeps_locks = !is_long();
+  run(away);
+}
+
+TEST_CASE("rolling restart") {
+  run(all_limited({"rolling restart", InUse::Either, [](Stage& stage) {
+                     for (std::size_t k = 0; k < 3; ++k) {
+                       const std::size_t i = (stage.in_use + k) % 3;
+                       stage.etcd.terminate(i);
+                       Stage::pass(1s, 300ms);
+                       stage.etcd.restart(i);
+                       stage.etcd.wait_healthy();
+                       Stage::pass(1s, 300ms);
+                     }
+                   }}));
+}
+
+TEST_CASE("a member added and removed") {
+  Scenario change{"a member added and removed", InUse::Either, [](Stage& stage) {
+                    const std::size_t fourth = stage.etcd.size() - 1;
+                    REQUIRE(stage.etcd.remove(fourth));
+                    Stage::pass(3s, 2s);
+                    REQUIRE(stage.etcd.add(fourth));
+                    Stage::pass(3s, 1s);
+                    REQUIRE(stage.etcd.remove(fourth));
+                  }};
+  change.prepare = [](Stage& stage) {  // the fourth is the one in use when it is removed
+    stage.in_use = stage.etcd.reserve();
+    REQUIRE(stage.etcd.add(stage.in_use));
+    stage.endpoints.insert(stage.endpoints.begin(), stage.etcd.endpoint(stage.in_use));
+  };
+  change.clean_up = [](Stage& stage) { stage.etcd.forget(); };
+  run(all_limited(change));
+}
+
+TEST_CASE("a learner and a typo among the endpoints") {
+  Scenario odd{"a learner and a typo among the endpoints", InUse::Either, [](Stage& stage) {
+                 stage.etcd.kill(stage.in_use);
+                 Stage::pass(5s, 3s);
+                 stage.etcd.restart(stage.in_use);
+               }};
+  odd.prepare = [](Stage& stage) {
+    const std::size_t learner = stage.etcd.reserve();
+    REQUIRE(stage.etcd.add(learner, true));
+    const std::string typo = "127.0.0.1:" + std::to_string(free_port());
+    stage.endpoints.insert(stage.endpoints.begin(), typo);
+    stage.endpoints.insert(stage.endpoints.begin() + 2, {stage.etcd.endpoint(learner), typo});
+  };
+  odd.clean_up = [](Stage& stage) {
+    REQUIRE(stage.etcd.remove(stage.etcd.size() - 1));
+    stage.etcd.forget();
+  };
+  run(odd);
+}
+
+TEST_CASE("a foreign cluster among the endpoints") {
+  EtcdServer foreign;
+  Scenario scenario{"a foreign cluster among the endpoints", InUse::Either, [](Stage& stage) {
+                      stage.etcd.kill(stage.in_use);
+                      Stage::pass(5s, 3s);
+                      stage.etcd.restart(stage.in_use);
+                    }};
+  scenario.prepare = [&](Stage& stage) {
+    stage.endpoints.insert(stage.endpoints.begin() + 1, foreign.endpoint());
+  };
+  run(scenario);
+  const gateway::Gateway there(make_default_transport(), foreign.url());
+  CHECK(there.revision() == 1);  // nothing was written to it
+}
