@@ -5,30 +5,12 @@
 // limits of a quiet machine, and a table at the end.
 #include <cstdio>
 
+#include "etcds.hpp"
 #include "load.hpp"
 
 using namespace cluster;
 
 namespace {
-
-int rounds() {
-  const char* value = std::getenv("COORDINATION_CLUSTER_ROUNDS");
-  return value != nullptr ? std::max(1, std::atoi(value)) : 0;
-}
-bool is_long() { return rounds() > 0; }
-
-/// The etcds to run on: in the short form the last that is named.
-std::vector<std::string> binaries() {
-  const char* named = std::getenv("COORDINATION_ETCDS");
-  std::istringstream paths(named != nullptr ? named : "");
-  std::vector<std::string> result;
-  for (std::string path; std::getline(paths, path, ':');) {
-    if (!find_program(path).empty()) result.push_back(path);
-  }
-  if (result.empty()) result.push_back(etcd_program());
-  if (!is_long()) result.erase(result.begin(), result.end() - 1);
-  return result;
-}
 
 /// The cluster that scenarios share, as long as they leave it as they have found it.
 class SharedCluster {
