@@ -276,7 +276,7 @@ struct Outcomes {
   std::string worst_call;
   int events{0}, lost{0}, repeated{0}, reordered{0};
   int writes{0}, maybe{0}, lies{0};
-  int keys_left{0};
+  int keys_left{0}, leases_left{0};
   std::vector<std::string> notes;
 };
 
@@ -286,6 +286,7 @@ class Load {
   Load(EtcdCluster& etcd, std::vector<std::string> endpoints)
       : etcd_(etcd), options_(options_with(std::move(endpoints))), control_(etcd, prefix()) {
     start_revision_ = etcd_.gateway(etcd_.well().at(0)).revision();
+    leases_before_ = leases() - Control::kLeases;
     busy_.emplace(connect(options_));
     idle_.emplace(connect(options_));
     hold_things();
@@ -579,12 +580,18 @@ class Load {
       return out.keys_left == 0;
     };
     wait_until(none, 3s);
+    out.leases_left = std::max(0, leases() - leases_before_);
+  }
+  int leases() const {
+    const auto reply = etcd_.ask(etcd_.well().at(0), "/v3/lease/leases", gateway::Json::object());
+    return static_cast<int>(reply.json.value("leases", gateway::Json::array()).size());
   }
 
   EtcdCluster& etcd_;
   const CoordinatorOptions options_;
   Control control_;
   std::int64_t start_revision_{0}, watched_from_{0};
+  int leases_before_{0};  // of others, some of which may be about to run out
   Time begin_{};
   std::optional<Coordinator> busy_, idle_;
   std::vector<Lock> locks_;
