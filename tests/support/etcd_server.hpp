@@ -55,7 +55,7 @@ class EtcdServer {
   const std::string& folder() const { return folder_.path(); }
 
   void kill9() { process_->kill9(); }
-  void terminate() { process_->terminate(); }
+  void terminate(milliseconds limit = 5s) { process_->terminate(limit); }
   void stop_signal() { process_->stop_signal(); }
   void continue_signal() { process_->continue_signal(); }
 
