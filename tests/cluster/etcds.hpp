@@ -31,4 +31,11 @@ inline std::vector<std::string> binaries() {
   return result;
 }
 
+/// "3.5.16".
+inline std::string version_of(const std::string& binary) {
+  const auto line = support::run({binary, "--version"}).out;
+  const auto begin = line.find_first_of("0123456789");
+  return begin == std::string::npos ? "?" : line.substr(begin, line.find('\n') - begin);
+}
+
 }  // namespace cluster

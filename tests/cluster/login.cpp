@@ -175,7 +175,7 @@ TEST_CASE("tokens of two and three seconds, users being added, the leader dies: 
     MESSAGE("SKIPPED: signed tokens: no openssl that makes keys");
     flags.pop_back();
   }
-  const int seconds = is_long() ? 60 : 18;
+  const int seconds = is_long() ? 60 : 14;
   for (const auto& binary : binaries()) {
     std::deque<Trial> trials;  // at the same time
     for (const auto& flag : flags) trials.emplace_back(binary, flag);
@@ -202,7 +202,7 @@ TEST_CASE("a password is changed: locks that are held stay held") {
     const auto read = coordinator.config().get("any");
     REQUIRE_FALSE(read);
     CHECK(read.error().code == ErrorCode::PermissionDenied);
-    std::this_thread::sleep_for(is_long() ? 20s : 8s);  // more than two TTLs
+    std::this_thread::sleep_for(is_long() ? 20s : 7s);  // more than two TTLs
     guarded.log_in();
     const auto key_is_there = [&](const std::string& key) {
       return guarded.etcd().gateway(0).get(key).json.contains("kvs");

@@ -159,7 +159,7 @@ class EtcdCluster {
     return members_.size() - 1;
   }
   /// Adds the last member to the cluster, with empty data.
-  bool add(std::size_t i, bool learner = false) {
+  void add(std::size_t i, bool learner = false) {
     gateway::Json body{{"peerURLs", {members_.at(i)->peer_url()}}};
     if (learner) body["isLearner"] = true;
     gateway::Reply reply;
@@ -168,28 +168,32 @@ class EtcdCluster {
       if (leads < size()) reply = ask(leads, "/v3/cluster/member/add", body, 5s);
       return reply.status == 200;
     };
-    if (!wait_until(added, lenient(20s))) return false;
+    if (!wait_until(added, lenient(20s))) {
+      throw std::runtime_error("a member cannot be added: " + reply.body);
+    }
     members_[i]->id = unsigned_of(reply.json["member"], "ID");
     launch(*members_[i], "existing");
-    if (!server(i).serving()) return false;
+    if (!server(i).serving()) {
+      throw std::runtime_error("an added member does not serve:\n" + server(i).output());
+    }
     link(i).refuse(false);
     members_[i]->learner = learner;
     set_well(i, !learner);
-    return true;
   }
-  bool remove(std::size_t i) {
+  void remove(std::size_t i) {
     set_well(i, false);
     const gateway::Json body{{"ID", std::to_string(members_.at(i)->id)}};
     const auto removed = [&] {
       const auto leads = leader();
       return leads < size() && ask(leads, "/v3/cluster/member/remove", body, 5s).status == 200;
     };
-    const bool done = wait_until(removed, lenient(20s));
+    if (!wait_until(removed, lenient(20s))) {
+      throw std::runtime_error("a member cannot be removed");
+    }
     wait_until([&] { return !server(i).running(); }, lenient(5s));  // etcd ends by itself
     link(i).refuse();
     members_[i]->server.reset();
     members_[i]->id = 0;
-    return done;
   }
   /// Takes the last member away for good; it must have been removed, or never added.
   void forget() {
