@@ -171,13 +171,13 @@ class Control {
       const auto reply = somebody().call("/v3/lease/grant", {{"TTL", "10"}});
       leases_.insert(gateway::number(reply.json, "ID"));
     }
-    loops_.add(20ms, [this] { write(); });
-    loops_.add(2s, [this] { renew(); });
+    writing_.add(20ms, [this] { write(); });
+    renewing_.add(2s, [this] { renew(); });
   }
-  void stop() { loops_.stop(); }
+  void stop_writing() { writing_.stop(); }
   /// Gives the leases back; says how many had been lost.
   int end() {
-    stop();
+    renewing_.stop();
     renew();
     for (const auto id : leases_) somebody().revoke(id);
     return kLeases - static_cast<int>(leases_.size());
@@ -190,10 +190,6 @@ class Control {
     if (found == written_.end()) return std::nullopt;
     return found->second;
   }
-  std::int64_t last_revision() const {
-    std::lock_guard<std::mutex> hold(mutex_);
-    return written_.empty() ? 0 : written_.rbegin()->first;
-  }
 
  private:
   gateway::Gateway somebody() const {
@@ -205,8 +201,7 @@ class Control {
     const std::string value = "control-" + std::to_string(count_);
     const std::string key = prefix_ + (count_ % 2 == 0 ? "/config/control" : "/raw/control");
     const gateway::Json body{{"key", gateway::b64(key)}, {"value", gateway::b64(value)}};
-    const auto reply =
-        somebody().post("/v3/kv/put", body.dump(), Context::with_timeout(milliseconds(1000)));
+    const auto reply = somebody().post("/v3/kv/put", body.dump(), Context::with_timeout(1s));
     if (reply.status != 200) return;
     std::lock_guard<std::mutex> hold(mutex_);
     written_[reply.revision()] = std::chrono::steady_clock::now();
@@ -232,7 +227,7 @@ class Control {
   std::set<std::int64_t> leases_;
   mutable std::mutex mutex_;
   std::map<std::int64_t, Time> written_;
-  Loops loops_;
+  Loops writing_, renewing_;
 };
 
 /// What a watch has delivered, and how late.
@@ -245,8 +240,9 @@ class Watcher {
     loops.add(0ms, [this] {
       auto event = static_cast<Watch<Event>*>(watch_.get())->next(Context::with_timeout(200ms));
       if (event) return arrived(change_of(*event));
-      if (event.error().code != ErrorCode::Timeout) failure_ = to_string(event.error());
-      if (event.error().code != ErrorCode::Timeout) std::this_thread::sleep_for(50ms);
+      if (event.error().code == ErrorCode::Timeout) return;
+      failure_ = to_string(event.error());
+      std::this_thread::sleep_for(50ms);
     });
   }
   bool has_reached(std::int64_t revision) const { return revision_ >= revision; }
@@ -324,7 +320,7 @@ class Load {
   Outcomes end() {
     Outcomes out;
     measure(out);
-    control_.stop();
+    control_.stop_writing();
     writers_.stop();
     look_at_watches(out);
     look_at_leases(out);
@@ -509,13 +505,14 @@ class Load {
         well, {gateway::create_request(1, all,
                                        {{"range_end", gateway::b64(prefix_range_end(all))},
                                         {"start_revision", std::to_string(start_revision_ + 1)}})});
-    std::vector<Change> changes;
-    const auto complete = [&] {
-      changes.clear();
-      for (const auto& event : call.events(1, 1, 1s)) changes.push_back(change_in(event));
-      return !changes.empty() && changes.back().revision >= end;
+    const auto complete = [end](const std::vector<gateway::Json>& lines) {
+      if (lines.empty() || !lines.back().contains("result")) return false;
+      const auto events = lines.back()["result"].value("events", gateway::Json::array());
+      return !events.empty() && change_in(events.back()).revision >= end;
     };
-    if (!wait_until(complete, 20s)) throw std::runtime_error("no history can be had");
+    if (!call.lines().wait(complete, 20s)) throw std::runtime_error("no history can be had");
+    std::vector<Change> changes;
+    for (const auto& event : call.events(1, 1)) changes.push_back(change_in(event));
     return changes;
   }
   static Change change_in(const gateway::Json& event) {
