@@ -320,9 +320,16 @@ TEST_CASE("client's link a black hole") {
        }});
 }
 
+TEST_CASE("answers to the client vanish") {
+  run({"client's link half a black hole", InUse::Either, [](Stage& stage) {
+         stage.etcd.black_hole(stage.in_use, EtcdCluster::Way::Down);
+         Stage::pass(12s, 6s);
+       }});
+}
+
 TEST_CASE("the watch stream alone in a black hole") {
   run(all_limited({"watch stream a black hole", InUse::Either, [](Stage& stage) {
-                     stage.etcd.black_hole(stage.in_use, "watch");
+                     stage.etcd.black_hole(stage.in_use, EtcdCluster::Way::Both, "watch");
                      Stage::pass(12s, 9s);
                    }}));
 }

@@ -123,10 +123,9 @@ class EtcdCluster {
       if (k != i) members_[k]->peers.pause(Way::Both, hex(members_.at(i)->id));
     }
   }
-  /// Clients' bytes to it and from it vanish; or those of watch streams.
-  void black_hole(std::size_t i, const std::string& label = "") {
-    set_well(i, false);  // only the test's own requests get through
-    link(i).pause(Way::Both, label);
+  /// Clients' bytes to it (up) and from it (down) vanish; or only those of watch streams.
+  void black_hole(std::size_t i, Way way = Way::Both, const std::string& label = "") {
+    link(i).pause(way, label);
   }
   void delay_links(milliseconds each_way) {
     for (auto& member : members_) member->link.delay(each_way);
