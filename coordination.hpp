@@ -288,12 +288,25 @@ class ManualClock : public Clock {
 
 // == 4. Transport ===============================================================================
 
-/// TLS for `https://` endpoints.
+enum class TlsVersion { Tls12, Tls13 };
+
+/// TLS for `https://` endpoints. Files are read again for each new connection; if that comes to
+/// nothing (half of a pair is replaced), what was read before stays in use.
 struct TlsOptions {
-  std::string ca_file;    // PEM; empty = the system's certificates
-  std::string cert_file;  // client certificate and key, PEM; both or none. etcd's gateway
-  std::string key_file;   //   refuses a certificate with a CN while authentication is on
-  bool verify_server{true};
+  std::string ca_file;       // PEM; empty = the system's certificates
+  std::string cert_file;     // client certificate and key, PEM; both or none. etcd's gateway
+  std::string key_file;      //   refuses a certificate with a CN while authentication is on
+  bool verify_server{true};  // its CA, its dates, and the endpoint's host in its subjectAltName
+  std::string ca_pem{}, cert_pem{}, key_pem{};  // the same as texts; they go before the files
+  std::string key_password{};                   // of an encrypted key; nobody is asked for it
+  std::string server_name{};  // to be proven by the server; empty = the host of the endpoint
+  TlsVersion min_version{TlsVersion::Tls12};
+};
+
+/// How much of an answer is taken in, in bytes. A longer one is an error, and not read further.
+struct LimitOptions {
+  std::size_t head{64 * 1024};         // status line and headers
+  std::size_t body{64 * 1024 * 1024};  // of an answer, or one line of a stream; unpacked
 };
 
 /// One POST to one member.
@@ -333,10 +346,14 @@ class Transport {
                                        const Context& ctx) = 0;
 };
 
-/// The Transport on cpp-httplib: pooled keep-alive connections, TCP_NODELAY, TLS by OpenSSL.
+/// The Transport on cpp-httplib: pooled keep-alive connections, TCP_NODELAY, TLS by OpenSSL. All
+/// addresses of a host are raced (RFC 8305), each for 1.5 s at most; the one that answered is the
+/// first the next time.
 /// Blocks: a host name is looked up by the system's resolver, which cannot be interrupted.
-/// Errors: Unavailable from every request if it was built without cpp-httplib.
-std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls = {});
+/// Errors: Validation where `tls` names what cannot be used; Internal where `limits` are exceeded
+///         by a body; Unavailable from every request if it was built without cpp-httplib.
+std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls = {},
+                                                  const LimitOptions& limits = {});
 
 // == 5. Client ==================================================================================
 
@@ -359,9 +376,10 @@ struct CoordinatorOptions {
   milliseconds timeout{5000};  // of a call whose Context has no deadline
   RetryConfig retry_config{};
   TlsOptions tls{};
+  LimitOptions limits{};
   std::string key_prefix{};  // put before "/locks", "/services", "/config", "/elections"
   Logger logger{};           // none = silent
-  std::shared_ptr<Transport> transport{};  // none = make_default_transport(tls)
+  std::shared_ptr<Transport> transport{};  // none = make_default_transport(tls, limits)
   std::shared_ptr<Clock> clock{};          // none = the steady clock
 };
 
@@ -1324,6 +1342,7 @@ class MemoryEtcd : public Transport {
 #include <mutex>
 #include <random>
 #include <set>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <unordered_map>
@@ -1337,15 +1356,25 @@ class MemoryEtcd : public Transport {
 #include <httplib.h>
 #if defined(_WIN32)
 #include <winsock2.h>
+#include <ws2tcpip.h>
 #else
+#include <arpa/inet.h>
 #include <fcntl.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <csignal>
+#endif
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+#include <openssl/err.h>
+#include <openssl/pem.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
 #endif
 #endif
 
@@ -1409,6 +1438,22 @@ COORDINATION_API Error make_error(ErrorCode code, std::string message, std::stri
 
 COORDINATION_API Error invalid(std::string message) {
   return make_error(ErrorCode::Validation, std::move(message));
+}
+
+/// Bytes of a stranger for people and logs: without line ends, escapes and other control bytes.
+COORDINATION_API std::string printable(std::string_view bytes) {
+  std::string text;
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    auto byte = static_cast<unsigned char>(bytes[i]);
+    bool c1 = i > 0 && bytes[i - 1] == '\xc2' && byte < 0xa0;  // control characters of UTF-8
+    char code[8];
+    std::snprintf(code, sizeof(code), "\\x%02x", byte);
+    if (byte < 0x20 || byte == 0x7f || c1)
+      text += code;
+    else
+      text += bytes[i];
+  }
+  return text;
 }
 
 COORDINATION_API Error closed_error() {
@@ -3137,8 +3182,8 @@ namespace detail {
 
 #if COORDINATION_USE_HTTPLIB
 
-/// cpp-httplib and OpenSSL write to sockets that another thread may have shut down: that raises
-/// SIGPIPE, which kills a process by default. While this lives, the calling thread gets none.
+/// OpenSSL writes to sockets that another thread may have shut down: that raises SIGPIPE, which
+/// kills a process by default. While this lives, the calling thread gets none.
 class NoSigpipe {
  public:
 #if defined(_WIN32)
@@ -3168,110 +3213,89 @@ class NoSigpipe {
 #endif
 };
 
-/// The socket of a connection, to be shut down from another thread.
-///
-/// httplib's own stop() is lost before the request is in flight, blocks while it connects, and
-/// raises SIGPIPE. So the socket is duplicated when it is made: shutting down the duplicate ends
-/// whatever httplib does with the original, and its number cannot come to mean another socket.
-class SocketTap {
- public:
-  SocketTap() = default;
-  SocketTap(const SocketTap&) = delete;
-  SocketTap& operator=(const SocketTap&) = delete;
-  ~SocketTap() { release(); }
+// Where the systems' sockets differ.
 
-  /// A new socket; httplib makes one for each address that it tries.
-  void attach(socket_t socket) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    release();
+inline constexpr socket_t kNoSocket = static_cast<socket_t>(-1);
+inline constexpr std::size_t kMostAtOnce = 1 << 20;  // of bytes; as an int it is positive
+
 #if defined(_WIN32)
-    WSAPROTOCOL_INFOW info;
-    bool known = ::WSADuplicateSocketW(socket, ::GetCurrentProcessId(), &info) == 0;
-    int same = FROM_PROTOCOL_INFO;
-    if (known) socket_ = ::WSASocketW(same, same, same, &info, 0, WSA_FLAG_OVERLAPPED);
+using PollFd = WSAPOLLFD;
+using IoSize = int;
+inline int poll_sockets(PollFd* fds, std::size_t count, int time) {
+  return ::WSAPoll(fds, static_cast<ULONG>(count), time);
+}
+inline const char* resolver_error(int error) { return ::gai_strerrorA(error); }
+inline int socket_error() { return ::WSAGetLastError(); }
+inline bool would_block(int error) { return error == WSAEWOULDBLOCK; }
+inline void close_socket(socket_t socket) { ::closesocket(socket); }
+inline void shut_socket(socket_t socket) { ::shutdown(socket, SD_BOTH); }
+inline void make_nonblocking(socket_t socket) {
+  u_long on = 1;
+  ::ioctlsocket(socket, FIONBIO, &on);
+}
 #else
-    socket_ = ::fcntl(socket, F_DUPFD_CLOEXEC, 0);
-    if (cut_) spoil(socket);
+using PollFd = pollfd;
+using IoSize = std::size_t;
+inline int poll_sockets(PollFd* fds, std::size_t count, int time) {
+  return ::poll(fds, static_cast<nfds_t>(count), time);
+}
+inline const char* resolver_error(int error) { return ::gai_strerror(error); }
+inline int socket_error() { return errno; }
+inline bool would_block(int error) {
+  return error == EAGAIN || error == EWOULDBLOCK || error == EINPROGRESS || error == EINTR;
+}
+inline void close_socket(socket_t socket) { ::close(socket); }
+inline void shut_socket(socket_t socket) { ::shutdown(socket, SHUT_RDWR); }
+inline void make_nonblocking(socket_t socket) {
+  ::fcntl(socket, F_SETFD, FD_CLOEXEC);
+  ::fcntl(socket, F_SETFL, ::fcntl(socket, F_GETFL) | O_NONBLOCK);
+}
 #endif
-  }
 
-  void cut() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    cut_ = true;
-    shut();
-  }
-
-  /// Between two requests a server says nothing: bytes, or an end, mean that it is leaving.
-  bool is_quiet() {
-    std::lock_guard<std::mutex> lock(mutex_);
-#if defined(_WIN32)
-    fd_set readable;
-    FD_ZERO(&readable);
-    FD_SET(socket_, &readable);
-    timeval now{};
-    return ::select(0, &readable, nullptr, nullptr, &now) == 0;
-#else
-    char byte = 0;
-    auto size = ::recv(socket_, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    return size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
-#endif
-  }
-
- private:
-  static constexpr socket_t kNone = static_cast<socket_t>(-1);
-
-  void shut() const {
-    if (socket_ == kNone) return;
-#if defined(_WIN32)
-    ::shutdown(socket_, SD_BOTH);
-#else
-    ::shutdown(socket_, SHUT_RDWR);
-#endif
-  }
+/// What a system call's error means, in plain words.
+COORDINATION_API std::string system_words(int error) {
 #if !defined(_WIN32)
-  /// What is not connected yet cannot be shut down; but what is no socket cannot be connected.
-  static void spoil(socket_t socket) {
-    int other = ::open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (other < 0) return;
-    ::dup2(other, socket);
-    ::close(other);
+  switch (error) {
+    case ECONNREFUSED: return "connection refused";
+    case EHOSTUNREACH: return "no route to host";
+    case ENETUNREACH: return "network is unreachable";
+    case EMFILE:
+    case ENFILE: return "no file descriptors left";
+    case ECONNRESET:
+    case EPIPE: return "the connection was reset";
+    default: break;
   }
 #endif
-  void release() {
-    if (socket_ == kNone) return;
-#if defined(_WIN32)
-    ::closesocket(socket_);
-#else
-    ::close(socket_);
-#endif
-    socket_ = kNone;
-  }
-
-  std::mutex mutex_;
-  socket_t socket_{kNone};
-  bool cut_{false};
-};
-
-COORDINATION_API void tune_socket(socket_t socket) {
-  int on = 1;
-  auto* yes = reinterpret_cast<const char*>(&on);
-  ::setsockopt(socket, SOL_SOCKET, SO_KEEPALIVE, yes, sizeof(on));
-#if defined(TCP_KEEPIDLE) && defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
-  // A member whose host is gone is noticed within 10 + 3 * 5 seconds, also by an idle stream.
-  auto set = [&](int option, int value) {
-    ::setsockopt(socket, IPPROTO_TCP, option, reinterpret_cast<const char*>(&value), sizeof(value));
-  };
-  set(TCP_KEEPIDLE, 10);
-  set(TCP_KEEPINTVL, 5);
-  set(TCP_KEEPCNT, 3);
-#endif
+  return std::system_category().message(error);
 }
 
-/// One httplib client: one connection, one request at a time.
-struct HttpConnection {
-  SocketTap tap;  // outlives the client, whose socket options refer to it
-  std::unique_ptr<httplib::ClientImpl> client;
-};
+COORDINATION_API std::string seconds_words(std::chrono::nanoseconds time) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.2g s", std::chrono::duration<double>(time).count());
+  return text;
+}
+
+/// For poll(): rounded up, an hour at most.
+COORDINATION_API int poll_time(SteadyTime until) {
+  auto left = std::chrono::ceil<milliseconds>(until - steady_clock::now());
+  milliseconds most = std::chrono::hours(1);
+  return static_cast<int>(std::clamp(left, milliseconds(0), most).count());
+}
+
+COORDINATION_API void tune_socket(socket_t socket) {
+  auto set = [&](int level, int option, int value) {
+    ::setsockopt(socket, level, option, reinterpret_cast<const char*>(&value), sizeof(value));
+  };
+  make_nonblocking(socket);
+  set(IPPROTO_TCP, TCP_NODELAY, 1);
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+#if defined(TCP_KEEPIDLE) && defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
+  // A member whose host is gone is noticed within 10 + 3 * 5 seconds, also by an idle stream.
+  set(IPPROTO_TCP, TCP_KEEPIDLE, 10);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
+  set(IPPROTO_TCP, TCP_KEEPCNT, 3);
+#endif
+}
 
 struct HostPort {
   bool tls{false};
@@ -3291,14 +3315,714 @@ COORDINATION_API HostPort split_endpoint(const std::string& endpoint) {
   return result;
 }
 
+struct Address {
+  sockaddr_storage bytes{};
+  socklen_t size{0};
+  bool operator==(const Address& other) const {
+    return size == other.size && std::memcmp(&bytes, &other.bytes, size) == 0;
+  }
+};
+
+COORDINATION_API std::string resolver_words(int error) {
+#if defined(EAI_SYSTEM)
+  if (error == EAI_SYSTEM || errno == EMFILE) return system_words(errno);
+#endif
+  return std::string("host name not found: ") + resolver_error(error);
+}
+
+/// All addresses of a host, in the order of the system; none: `cause` says why.
+COORDINATION_API std::vector<Address> resolve(const HostPort& to, std::string& cause) {
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  errno = 0;
+  int error = ::getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &found);
+  if (error != 0) return cause = resolver_words(error), std::vector<Address>{};
+  std::vector<Address> addresses;
+  for (auto* entry = found; entry; entry = entry->ai_next) {
+    Address address;
+    address.size = static_cast<socklen_t>(entry->ai_addrlen);
+    std::memcpy(&address.bytes, entry->ai_addr, entry->ai_addrlen);
+    addresses.push_back(address);
+  }
+  ::freeaddrinfo(found);
+  return addresses;
+}
+
+/// Connects to one of several addresses, as RFC 8305 does it: the next one is tried beside the
+/// others when they have been silent for a while, and at once when the last of them has failed.
+class ConnectRace {
+ public:
+  ConnectRace(const std::vector<Address>& addresses, SteadyTime deadline)
+      : addresses_(addresses), deadline_(deadline) {}
+  ConnectRace(const ConnectRace&) = delete;
+  ConnectRace& operator=(const ConnectRace&) = delete;
+  ~ConnectRace() {
+    for (auto& runner : runners_) close_socket(runner.socket);
+  }
+
+  /// The socket that was connected first; kNoSocket when all have failed, or `stop()` is true.
+  template <class Stop>
+  socket_t run(const Stop& stop) {
+    while (!stop() && (next_ < addresses_.size() || !runners_.empty())) {
+      auto now = steady_clock::now();
+      bool due = runners_.empty() || now >= next_start_;
+      if (due && next_ < addresses_.size()) start(now);
+      auto socket = look(now);
+      if (socket != kNoSocket) return socket;
+    }
+    return kNoSocket;
+  }
+
+  const Address& winner() const { return addresses_[winner_]; }
+  /// Why all have failed.
+  const std::string& cause() const { return cause_; }
+
+ private:
+  struct Runner {
+    socket_t socket;
+    std::size_t address;
+    SteadyTime began, until;
+  };
+  static constexpr milliseconds kHeadStart{250};
+  static constexpr milliseconds kMost{1500};  // for one address
+  static constexpr milliseconds kSlice{10};   // what cannot be shut down yet looks at stop()
+
+  void start(SteadyTime now) {
+    next_start_ = now + kHeadStart;
+    auto& to = addresses_[next_];
+    Runner runner{::socket(to.bytes.ss_family, SOCK_STREAM, 0), next_++, now,
+                  (std::min)(deadline_, now + SteadyTime::duration(kMost))};
+    if (runner.socket == kNoSocket) return failed(system_words(socket_error()));
+    tune_socket(runner.socket);
+    auto* address = reinterpret_cast<const sockaddr*>(&to.bytes);
+    int error = ::connect(runner.socket, address, to.size) == 0 ? 0 : socket_error();
+    if (error == 0 || would_block(error)) return runners_.push_back(runner);
+    close_socket(runner.socket);
+    failed(system_words(error));
+  }
+
+  socket_t look(SteadyTime now) {
+    std::vector<PollFd> fds;
+    for (auto& runner : runners_) fds.push_back({runner.socket, POLLOUT, 0});
+    poll_sockets(fds.data(), fds.size(), static_cast<int>(fds.empty() ? 0 : kSlice.count()));
+    for (std::size_t i = runners_.size(); i-- > 0;) {
+      auto runner = runners_[i];
+      bool over = fds[i].revents == 0 && now >= runner.until;
+      if (fds[i].revents == 0 && !over) continue;
+      runners_.erase(runners_.begin() + static_cast<std::ptrdiff_t>(i));
+      int error = over ? 0 : pending_error(runner.socket);
+      if (!over && error == 0) return winner_ = runner.address, runner.socket;
+      close_socket(runner.socket);
+      failed(over ? "no answer in " + seconds_words(runner.until - runner.began) +
+                        " to the connection attempt"
+                  : system_words(error));
+    }
+    return kNoSocket;
+  }
+
+  static int pending_error(socket_t socket) {
+    int error = 0;
+    socklen_t size = sizeof(error);
+    ::getsockopt(socket, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size);
+    return error;
+  }
+
+  void failed(const std::string& why) {
+    if (cause_.find(why) != std::string::npos) return;
+    cause_ += (cause_.empty() ? "" : "; ") + why;
+  }
+
+  const std::vector<Address>& addresses_;
+  const SteadyTime deadline_;
+  std::vector<Runner> runners_;
+  SteadyTime next_start_{};
+  std::size_t next_{0}, winner_{0};
+  std::string cause_;
+};
+
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+
+/// What OpenSSL has complained about last in this thread; forgets it.
+COORDINATION_API std::string openssl_words() {
+  auto* reason = ERR_reason_error_string(ERR_peek_last_error());
+  std::string words = reason ? reason : "a failure that OpenSSL does not name";
+  ERR_clear_error();
+  return words;
+}
+
+COORDINATION_API std::string date_words(const ASN1_TIME* time) {
+  std::tm date{};
+  char text[40] = "a date that makes no sense";
+  if (ASN1_TIME_to_tm(time, &date) == 1) {
+    std::strftime(text, sizeof(text), "%Y-%m-%d %H:%M:%S UTC", &date);
+  }
+  return text;
+}
+
+COORDINATION_API std::string name_words(X509_NAME* name) {
+  char text[256] = "";
+  X509_NAME_oneline(name, text, sizeof(text));
+  return text;
+}
+
+COORDINATION_API std::string alternative_words(const GENERAL_NAME& name) {
+  auto* data = name.type == GEN_DNS || name.type == GEN_IPADD ? name.d.ia5 : nullptr;
+  if (!data) return "another kind of name";
+  std::string_view bytes(reinterpret_cast<const char*>(ASN1_STRING_get0_data(data)),
+                         static_cast<std::size_t>(ASN1_STRING_length(data)));
+  if (name.type == GEN_DNS) return printable(bytes);
+  char text[INET6_ADDRSTRLEN] = "";
+  ::inet_ntop(bytes.size() == 4 ? AF_INET : AF_INET6, bytes.data(), text, sizeof(text));
+  return text;
+}
+
+/// The names that a certificate is for.
+COORDINATION_API std::string names_of(X509* certificate) {
+  std::unique_ptr<GENERAL_NAMES, void (*)(GENERAL_NAMES*)> names(
+      static_cast<GENERAL_NAMES*>(
+          X509_get_ext_d2i(certificate, NID_subject_alt_name, nullptr, nullptr)),
+      GENERAL_NAMES_free);
+  std::string words;
+  for (int i = 0; names && i < sk_GENERAL_NAME_num(names.get()) && i < 10; ++i) {
+    words += (i == 0 ? "" : ", ") + alternative_words(*sk_GENERAL_NAME_value(names.get(), i));
+  }
+  return words.empty() ? "no host (it has no subjectAltName)" : words;
+}
+
+/// Why a certificate of the server's is not accepted for `host`.
+COORDINATION_API std::string certificate_words(X509_STORE_CTX* store, const std::string& host) {
+  auto* certificate = X509_STORE_CTX_get_current_cert(store);
+  int error = X509_STORE_CTX_get_error(store);
+  std::string which = "the certificate of the server";
+  if (!certificate) return which + ": " + X509_verify_cert_error_string(error);
+  if (X509_STORE_CTX_get_error_depth(store) > 0) {
+    which = "the CA " + name_words(X509_get_subject_name(certificate)) + " of the server";
+  }
+  switch (error) {
+    case X509_V_ERR_CERT_HAS_EXPIRED:
+      return which + " has expired on " + date_words(X509_get0_notAfter(certificate));
+    case X509_V_ERR_CERT_NOT_YET_VALID:
+      return which + " is not yet valid, but from " + date_words(X509_get0_notBefore(certificate)) +
+             " on";
+    case X509_V_ERR_HOSTNAME_MISMATCH:
+    case X509_V_ERR_IP_ADDRESS_MISMATCH:
+      return which + " is for " + names_of(certificate) + ", not for " + host;
+    case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT:
+    case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY:
+    case X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE:
+    case X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT:
+    case X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN:
+      return which +
+             " was issued by an unknown CA: " + name_words(X509_get_issuer_name(certificate));
+    default: return which + ": " + X509_verify_cert_error_string(error);
+  }
+}
+
+/// A text in PEM, and what it is called in errors.
+struct Pem {
+  std::string text, name;
+  bool operator==(const Pem& other) const { return text == other.text; }
+
+  using Bio = std::unique_ptr<BIO, int (*)(BIO*)>;
+  Bio bio() const {
+    return Bio(BIO_new_mem_buf(text.data(), static_cast<int>(text.size())), BIO_free);
+  }
+};
+
+/// The text itself, or what is in the file.
+COORDINATION_API Result<Pem> load_pem(const std::string& text, const std::string& file,
+                                      const char* option) {
+  if (!text.empty() || file.empty()) return Pem{text, option};
+  Pem pem{{}, std::string(option) + " " + file};
+  std::FILE* stream = std::fopen(file.c_str(), "rb");
+  int error = stream ? 0 : errno;
+  char piece[4096];
+  for (std::size_t n = 1; stream && n > 0; pem.text.append(piece, n)) {
+    n = std::fread(piece, 1, sizeof(piece), stream);
+    if (n == 0 && std::ferror(stream)) error = errno;
+  }
+  if (stream) std::fclose(stream);
+  if (error == 0) return pem;
+  return make_error(ErrorCode::Validation, pem.name + " cannot be read", system_words(error));
+}
+
+/// The SSL_CTX for TlsOptions. It is made anew when a file has changed; if that is not possible
+/// (a certificate has been replaced, and its key has not yet), the last one stays in use.
+class TlsFactory {
+ public:
+  using Ssl = std::shared_ptr<SSL_CTX>;
+
+  explicit TlsFactory(TlsOptions options) : options_(std::move(options)) {}
+
+  Result<Ssl> get() {
+    auto ca = load_pem(options_.ca_pem, options_.ca_file, "tls.ca_file");
+    auto cert = load_pem(options_.cert_pem, options_.cert_file, "tls.cert_file");
+    auto key = load_pem(options_.key_pem, options_.key_file, "tls.key_file");
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* pem : {&ca, &cert, &key}) {
+      if (!*pem) return last_ ? Result<Ssl>(last_) : pem->error();
+    }
+    std::array<Pem, 3> pems{*ca, *cert, *key};
+    if (last_ && pems == pems_) return last_;
+    auto made = make(pems);
+    if (!made) return last_ ? Result<Ssl>(last_) : made;
+    pems_ = std::move(pems);
+    last_ = *made;
+    return last_;
+  }
+
+ private:
+  Result<Ssl> make(const std::array<Pem, 3>& pems) const {
+    Ssl ssl(SSL_CTX_new(TLS_client_method()), SSL_CTX_free);
+    if (!ssl) return make_error(ErrorCode::Internal, "there is no TLS", openssl_words());
+    bool newest = options_.min_version == TlsVersion::Tls13;
+    SSL_CTX_set_min_proto_version(ssl.get(), newest ? TLS1_3_VERSION : TLS1_2_VERSION);
+    SSL_CTX_set_mode(ssl.get(),
+                     SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    auto& [ca, cert, key] = pems;
+    auto good = options_.verify_server ? use_ca(ssl.get(), ca) : Result<void>{};
+    if (good && !cert.text.empty()) good = use_certificate(ssl.get(), cert);
+    if (good && !cert.text.empty()) good = use_key(ssl.get(), key, cert);
+    ERR_clear_error();
+    if (!good) return good.error();
+    return ssl;
+  }
+
+  static Error bad(const Pem& pem, const std::string& what) {
+    return make_error(ErrorCode::Validation, pem.name + " " + what);
+  }
+
+  /// All certificates of a PEM text.
+  static std::vector<std::shared_ptr<X509>> certificates(const Pem& pem) {
+    std::vector<std::shared_ptr<X509>> all;
+    auto bio = pem.bio();
+    while (auto* one = PEM_read_bio_X509(bio.get(), nullptr, password, nullptr)) {
+      all.emplace_back(one, X509_free);
+    }
+    return all;
+  }
+
+  static Result<void> use_ca(SSL_CTX* ssl, const Pem& ca) {
+    if (ca.name == "tls.ca_file" && ca.text.empty()) return use_system_ca(ssl);
+    auto all = certificates(ca);
+    if (all.empty()) return bad(ca, "holds no certificate in PEM");
+    for (auto& one : all) X509_STORE_add_cert(SSL_CTX_get_cert_store(ssl), one.get());
+    return {};
+  }
+
+  static Result<void> use_system_ca(SSL_CTX* ssl) {
+    SSL_CTX_set_default_verify_paths(ssl);
+#if defined(_WIN32) && OPENSSL_VERSION_NUMBER >= 0x30200000L
+    SSL_CTX_load_verify_store(ssl, "org.openssl.winstore://");
+#endif
+    return {};
+  }
+
+  static Result<void> use_certificate(SSL_CTX* ssl, const Pem& cert) {
+    auto chain = certificates(cert);
+    if (chain.empty()) return bad(cert, "holds no certificate in PEM");
+    bool used = SSL_CTX_use_certificate(ssl, chain.front().get()) == 1;
+    for (std::size_t i = 1; i < chain.size(); ++i) {
+      used = used && SSL_CTX_add1_chain_cert(ssl, chain[i].get()) == 1;
+    }
+    if (!used) return bad(cert, "cannot be used: " + openssl_words());
+    return {};
+  }
+
+  Result<void> use_key(SSL_CTX* ssl, const Pem& key, const Pem& cert) const {
+    auto* given = const_cast<std::string*>(&options_.key_password);
+    auto bio = key.bio();
+    std::shared_ptr<EVP_PKEY> read(PEM_read_bio_PrivateKey(bio.get(), nullptr, password, given),
+                                   EVP_PKEY_free);
+    bool locked = key.text.find("ENCRYPTED") != std::string::npos;
+    if (!read && locked) return bad(key, "is encrypted, and tls.key_password does not open it");
+    if (!read) return bad(key, "holds no private key in PEM");
+    bool fits = SSL_CTX_use_PrivateKey(ssl, read.get()) == 1;
+    if (!fits || SSL_CTX_check_private_key(ssl) != 1) {
+      return bad(key, "is not the key of " + cert.name);
+    }
+    return {};
+  }
+
+  /// Without this OpenSSL would ask at the terminal.
+  static int password(char* to, int size, int, void* given) {
+    if (!given) return 0;
+    auto& text = *static_cast<const std::string*>(given);
+    auto length = (std::min)(text.size(), static_cast<std::size_t>(size));
+    std::memcpy(to, text.data(), length);
+    return static_cast<int>(length);
+  }
+
+  const TlsOptions options_;
+  std::mutex mutex_;
+  std::array<Pem, 3> pems_;
+  Ssl last_;
+};
+
+#endif
+
+/// A connection to one member. Its socket does not block, so that every wait has an end. One
+/// thread uses it; another may cut it.
+class Connection {
+ public:
+  Connection() = default;
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
+  virtual ~Connection() {
+    if (socket_ != kNoSocket) close_socket(socket_);
+  }
+
+  /// Ends whatever is under way, and all that is to come.
+  void cut() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    cut_ = true;
+    if (socket_ != kNoSocket) shut_socket(socket_);
+  }
+
+  /// False: cause() says why. `known` is the address that worked the last time, and is tried first.
+  bool connect(const HostPort& to, std::optional<Address>& known, SteadyTime deadline) {
+    auto addresses = resolve(to, cause_);
+    if (addresses.empty()) return false;
+    if (steady_clock::now() >= deadline) return fail("no time was left to connect");
+    auto first = known ? std::find(addresses.begin(), addresses.end(), *known) : addresses.begin();
+    if (first != addresses.end()) std::rotate(addresses.begin(), first, first + 1);
+    ConnectRace race(addresses, deadline);
+    auto socket = race.run([this] { return is_cut(); });
+    if (socket == kNoSocket) return fail(race.cause());
+    known = race.winner();
+    std::lock_guard<std::mutex> lock(mutex_);
+    socket_ = socket;
+    return !cut_;
+  }
+  /// What both sides have to agree upon before the first request.
+  virtual bool begin(SteadyTime deadline) { return static_cast<void>(deadline), true; }
+
+  /// The number of bytes; 0 at the end of what the server says; -1 if they are not to be had.
+  ssize_t read(char* to, std::size_t size, SteadyTime until) {
+    return transfer([&] { return receive(to, size); }, POLLIN, until);
+  }
+  /// The number of bytes, or -1.
+  ssize_t write(const char* from, std::size_t size, SteadyTime until) {
+    return transfer([&] { return send(from, size); }, POLLOUT, until);
+  }
+
+  /// Between two requests a server says nothing: bytes, or an end, mean that it is leaving.
+  bool is_quiet() const {
+    PollFd fd{socket_, POLLIN, 0};
+    return poll_sockets(&fd, 1, 0) == 0;
+  }
+
+  socket_t socket() const { return socket_; }
+  /// The server has turned us away before it read a request.
+  bool rejected() const { return rejected_; }
+  /// What has failed; empty if a wait was too long, or was cut short.
+  const std::string& cause() const { return cause_; }
+
+ protected:
+  bool fail(std::string why) { return cause_ = std::move(why), false; }
+  void reject(std::string why) { rejected_ = !fail(std::move(why)); }
+
+  /// Repeats `step` until it need not wait for the other side.
+  template <class Step>
+  ssize_t transfer(const Step& step, short direction, SteadyTime until) {
+    while (true) {
+      auto result = step();
+      if (result > 0) return static_cast<ssize_t>(result);
+      short events = blocked_on(result, direction);
+      if (events == 0) return cause_.empty() ? 0 : -1;
+      if (!wait(events, until)) return -1;
+    }
+  }
+
+ private:
+  // As recv() and send() do it.
+  virtual int receive(char* to, std::size_t size) {
+    return static_cast<int>(::recv(socket_, to, static_cast<IoSize>(size), 0));
+  }
+  virtual int send(const char* from, std::size_t size) {
+    auto most = (std::min)(size, kMostAtOnce);
+    return static_cast<int>(::send(socket_, from, static_cast<IoSize>(most), 0));
+  }
+  /// What a step that came to nothing has to wait for; 0: it has failed, or met the end.
+  virtual short blocked_on(int result, short direction) {
+    int error = result < 0 ? socket_error() : 0;
+    if (would_block(error)) return direction;
+    if (error != 0) fail(system_words(error));
+    return 0;
+  }
+
+  bool wait(short events, SteadyTime until) {
+    PollFd fd{socket_, events, 0};
+    while (!is_cut() && steady_clock::now() < until) {
+      if (poll_sockets(&fd, 1, poll_time(until)) > 0) return !is_cut();
+    }
+    return false;
+  }
+  bool is_cut() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return cut_;
+  }
+
+  std::mutex mutex_;
+  socket_t socket_{kNoSocket};
+  bool cut_{false};
+  bool rejected_{false};
+  std::string cause_;
+};
+
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+
+/// The same with TLS. The server must prove to be `host` if `verify` is true.
+class TlsConnection : public Connection {
+ public:
+  TlsConnection(TlsFactory::Ssl context, const std::string& host, bool verify)
+      : context_(std::move(context)), host_(host.substr(0, host.find('%'))), verify_(verify) {}
+  ~TlsConnection() override {
+    if (ssl_) SSL_shutdown(ssl_.get());
+    ERR_clear_error();
+  }
+
+  bool begin(SteadyTime deadline) override {
+    auto began = steady_clock::now();
+    auto until = (std::min)(deadline, began + SteadyTime::duration(kMost));
+    if (!prepare()) return fail(openssl_words());
+    auto result = transfer([this] { return SSL_connect(ssl_.get()); }, POLLIN, until);
+    if (result > 0) return true;
+    if (cause() == "the connection was closed") fail(cause() + " in the TLS handshake");
+    if (!cause().empty()) return false;
+    return fail("no answer in " + seconds_words(until - began) + " to the TLS handshake");
+  }
+
+ private:
+  static constexpr milliseconds kMost{3000};  // for the handshake
+
+  bool prepare() {
+    ERR_clear_error();
+    ssl_.reset(SSL_new(context_.get()));
+    if (!ssl_ || SSL_set_fd(ssl_.get(), static_cast<int>(socket())) != 1) return false;
+    SSL_set_app_data(ssl_.get(), this);
+    SSL_set_verify(ssl_.get(), verify_ ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, on_verified);
+    auto* expected = SSL_get0_param(ssl_.get());
+    // A CN is no host's name, and a wildcard stands for one whole label.
+    X509_VERIFY_PARAM_set_hostflags(
+        expected, X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+    if (X509_VERIFY_PARAM_set1_ip_asc(expected, host_.c_str()) == 1) return true;
+    ERR_clear_error();
+    return X509_VERIFY_PARAM_set1_host(expected, host_.c_str(), host_.size()) == 1 &&
+           SSL_set_tlsext_host_name(ssl_.get(), host_.c_str()) == 1;
+  }
+
+  static int on_verified(int good, X509_STORE_CTX* store) {
+    auto* ssl =
+        static_cast<SSL*>(X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx()));
+    auto* self = static_cast<TlsConnection*>(SSL_get_app_data(ssl));
+    if (!good && self->verify_) self->fail(certificate_words(store, self->host_));
+    return good;
+  }
+
+  int receive(char* to, std::size_t size) override {
+    ERR_clear_error();
+    return SSL_read(ssl_.get(), to, static_cast<int>(size));
+  }
+  int send(const char* from, std::size_t size) override {
+    ERR_clear_error();
+    return SSL_write(ssl_.get(), from, static_cast<int>((std::min)(size, kMostAtOnce)));
+  }
+  short blocked_on(int result, short) override {
+    int error = socket_error();
+    switch (SSL_get_error(ssl_.get(), result)) {
+      case SSL_ERROR_WANT_READ: return POLLIN;
+      case SSL_ERROR_WANT_WRITE: return POLLOUT;
+      case SSL_ERROR_ZERO_RETURN: return 0;
+      case SSL_ERROR_SYSCALL:
+        fail(error == 0 ? "the connection was closed" : system_words(error));
+        return 0;
+      default: explain(); return 0;
+    }
+  }
+
+  /// A failure of TLS in words.
+  void explain() {
+    if (!cause().empty()) return;  // on_verified() has said it
+    int reason = ERR_GET_REASON(ERR_peek_last_error());
+    switch (reason) {
+#if defined(SSL_R_UNEXPECTED_EOF_WHILE_READING)
+      case SSL_R_UNEXPECTED_EOF_WHILE_READING: fail("the connection was closed"); break;
+#endif
+      case SSL_R_WRONG_VERSION_NUMBER:
+      case SSL_R_HTTP_REQUEST: fail("https spoken to a port without TLS: is it http?"); break;
+      case SSL_R_UNSUPPORTED_PROTOCOL:
+      case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
+        fail("the server has no version of TLS that is new enough");
+        break;
+      case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED:
+      case SSL_R_SSLV3_ALERT_BAD_CERTIFICATE:
+      case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
+      case SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED:
+      case SSL_R_SSLV3_ALERT_CERTIFICATE_EXPIRED:
+      case SSL_R_SSLV3_ALERT_CERTIFICATE_UNKNOWN:
+      case SSL_R_TLSV1_ALERT_UNKNOWN_CA:
+        reject(SSL_get_certificate(ssl_.get())
+                   ? "the server has refused the client certificate: " + openssl_words()
+                   : "the server demands a client certificate");
+        break;
+      default: fail("TLS has failed: " + openssl_words());
+    }
+  }
+
+  const TlsFactory::Ssl context_;
+  const std::string host_;
+  const bool verify_;
+  std::unique_ptr<SSL, void (*)(SSL*)> ssl_{nullptr, SSL_free};
+};
+
+#endif
+
+/// The bytes of one exchange, as httplib reads and writes them.
+///
+/// The head of an answer is read whole before httplib sees it, and its status line is shortened:
+/// httplib takes as many headers as come, and puts the line through a regular expression that
+/// overflows the stack if it is long. Which of the functions override one depends on the version.
+class HttpStream : public httplib::Stream {
+ public:
+  HttpStream(Connection& connection, SteadyTime deadline, milliseconds idle, std::size_t most_head)
+      : connection_(connection), deadline_(deadline),
+        idle_(idle.count() > 0 ? idle : milliseconds(std::chrono::hours(24))),
+        most_head_(most_head) {}
+
+  ssize_t read(char* to, std::size_t size) {
+    if (head_left_ == 0 && !in_body_ && !read_head()) return -1;
+    if (at_ == input_.size()) {
+      auto n = fill();
+      if (n <= 0) return n;
+    }
+    auto n = (std::min)(size, head_left_ > 0 ? head_left_ : input_.size() - at_);
+    std::memcpy(to, &input_[at_], n);
+    at_ += n;
+    head_left_ -= (std::min)(head_left_, n);
+    return static_cast<ssize_t>(n);
+  }
+
+  ssize_t write(const char* from, std::size_t size) {
+    auto until = (std::min)(deadline_, steady_clock::now() + SteadyTime::duration(kMostStall));
+    auto n = refused_ ? 0 : connection_.write(from, size, until);
+    if (n > 0) return sent_ = true, n;
+    // Who does not want the rest of a request may have answered all the same.
+    refused_ = sent_ && !connection_.cause().empty();
+    if (refused_) return static_cast<ssize_t>(size);
+    return note(n), -1;
+  }
+
+  bool is_readable() const { return true; }
+  bool is_writable() const { return true; }
+  bool wait_readable() const { return true; }
+  bool wait_writable() const { return true; }
+  void get_remote_ip_and_port(std::string&, int&) const {}
+  void get_local_ip_and_port(std::string&, int&) const {}
+  socket_t socket() const { return connection_.socket(); }
+  time_t duration() const { return 0; }
+
+  /// Whether a byte of the request may have reached the server.
+  bool sent() const { return sent_ && !connection_.rejected(); }
+  /// Nothing is left of what has been received.
+  bool drained() const { return at_ == input_.size(); }
+  /// Why it has failed, as far as is known here.
+  const std::string& cause() const { return cause_; }
+
+ private:
+  static constexpr std::size_t kPiece = 16384;
+  static constexpr milliseconds kMostStall{10000};  // until the server takes the next bytes
+  static constexpr std::string_view kBegin = "HTTP/1.";
+
+  ssize_t fill() {
+    if (drained()) input_.clear(), at_ = 0;
+    auto before = input_.size();
+    input_.resize(before + kPiece);
+    auto until = (std::min)(deadline_, steady_clock::now() + SteadyTime::duration(idle_));
+    auto n = connection_.read(&input_[before], kPiece, until);
+    input_.resize(before + static_cast<std::size_t>((std::max)(n, ssize_t(0))));
+    if (n > 0) heard_ = steady_clock::now();
+    if (n <= 0) note(n);
+    return n;
+  }
+
+  /// Why there are no more bytes.
+  void note(ssize_t n) {
+    cause_ = n == 0 ? std::string("the connection was closed") : connection_.cause();
+    if (cause_.empty()) {
+      auto silent = seconds_words(steady_clock::now() - heard_);
+      cause_ = in_body_ ? "nothing more came in " + silent : "no answer in " + silent;
+    } else if (cause_.compare(0, 18, "the connection was") == 0) {
+      cause_ += in_body_ ? " in the middle of the answer" : " before an answer came";
+    }
+  }
+
+  bool fail(std::string why) { return cause_ = std::move(why), false; }
+
+  /// Until `input_` has a head that httplib may see.
+  bool read_head() {
+    while (true) {
+      auto bytes = std::string_view(input_).substr(at_);
+      if (bytes.substr(0, kBegin.size()) != kBegin.substr(0, bytes.size())) return no_http(bytes);
+      auto end = bytes.find("\r\n\r\n");
+      bool whole = end != bytes.npos;
+      if (heads_ + (whole ? end : bytes.size()) > most_head_) {
+        return fail("the head of the answer is longer than " + std::to_string(most_head_) +
+                    " bytes");
+      }
+      if (!whole && fill() <= 0) return false;
+      if (whole && !use_head(end + 4)) return false;
+      if (head_left_ > 0) return true;
+    }
+  }
+
+  bool use_head(std::size_t size) {
+    auto bytes = std::string_view(input_).substr(at_, size);
+    auto code = bytes.substr(9, 3);
+    bool odd = bytes[8] != ' ' || code.find_first_not_of("0123456789") != code.npos;
+    if (odd || bytes[12] > ' ') return no_http(bytes);
+    heads_ += size;
+    in_body_ = code[0] != '1';
+    if (!in_body_ && code != "100") return at_ += size, true;  // news on the way to the answer
+    auto head = std::string(bytes.substr(0, 12)) + " -\r\n";
+    head += in_body_ ? bytes.substr(bytes.find('\n') + 1) : "\r\n";
+    head_left_ = head.size();
+    input_.replace(at_, size, head);
+    return true;
+  }
+
+  bool no_http(std::string_view bytes) {
+    bool alert = bytes.substr(0, 2) == "\x15\x03";
+    return fail(alert ? "http spoken to an https port"
+                      : "the answer is no HTTP, but \"" + printable(bytes.substr(0, 60)) + "\"");
+  }
+
+  Connection& connection_;
+  const SteadyTime deadline_;
+  const milliseconds idle_;
+  const std::size_t most_head_;
+  std::string input_;  // from at_ on it has not been handed out
+  std::size_t at_{0}, head_left_{0}, heads_{0};
+  SteadyTime heard_{steady_clock::now()};
+  bool in_body_{false};
+  bool sent_{false}, refused_{false};
+  std::string cause_;
+};
+
+/// httplib's client, of which only the protocol is used: not its sockets, and not its TLS.
+class HttpEngine : public httplib::ClientImpl {
+ public:
+  HttpEngine() : ClientImpl("localhost", 80) {}
+  using ClientImpl::process_request;
+};
+
 class HttplibTransport : public Transport {
  public:
-  explicit HttplibTransport(TlsOptions tls) : tls_(std::move(tls)) {}
+  HttplibTransport(const TlsOptions& tls, const LimitOptions& limits)
+      : tls_(tls), limits_(limits) {}
   ~HttplibTransport() override {
     NoSigpipe guard;  // TLS says farewell, perhaps to somebody who has gone
-    for (auto& entry : idle_) {
-      for (auto& connection : entry.second) connection->tap.cut();
-    }
     idle_.clear();
   }
 
@@ -3313,30 +4037,38 @@ class HttplibTransport : public Transport {
   }
 
  private:
-  using Connection = std::unique_ptr<HttpConnection>;
+  using Held = std::unique_ptr<Connection>;
   static constexpr std::size_t kMostIdle = 16;  // connections per endpoint
 
   struct Exchange {
     HttpResponse response;
     bool stopped{false};  // by the sink
+    bool too_long{false};
   };
 
   Result<HttpResponse> exchange(const HttpRequest& request, const ChunkSink& sink,
                                 const Context& ctx) {
     NoSigpipe guard;  // to the end: closing TLS writes, too
+    auto deadline = ctx.deadline().value_or((SteadyTime::max)());
     bool close = has_close(request);
-    Connection connection = close ? nullptr : take(request.endpoint);
-    if (!connection) connection = connect(request.endpoint);
-    if (!connection) return no_tls(request.endpoint);
-    configure(*connection->client, request, ctx, close);
-
+    Held connection = close ? nullptr : take(request.endpoint);
+    bool fresh = !connection;
+    if (fresh) {
+      auto made = make(split_endpoint(request.endpoint));
+      if (!made) return made.error();
+      connection = std::move(*made);
+    }
+    auto hook = ctx.on_cancel([raw = connection.get()] { raw->cut(); });
+    if (fresh && !open(*connection, request.endpoint, deadline)) {
+      return failed(ctx, "cannot connect to " + request.endpoint, connection->cause(), false);
+    }
+    HttpStream stream(*connection, deadline, request.idle_timeout, limits_.head);
     Exchange state;
-    auto hook = ctx.on_cancel([&] { connection->tap.cut(); });
-    auto error = send(*connection->client, build(request, sink, ctx, state));
+    bool whole = run(stream, request, sink, ctx, state);
     hook.reset();
-    bool reusable = error == httplib::Error::Success && !close && !ctx.cancelled();
+    bool reusable = whole && !state.stopped && !close && stream.drained() && !ctx.cancelled();
     if (reusable) give_back(request.endpoint, std::move(connection));
-    return judge(request, state, error, ctx);
+    return judge(request, state, whole, stream, ctx);
   }
 
   static bool has_close(const HttpRequest& request) {
@@ -3345,24 +4077,27 @@ class HttplibTransport : public Transport {
     });
   }
 
-  static httplib::Error send(httplib::ClientImpl& client, const httplib::Request& request) {
-    auto result = client.send(request);
-    if (result) return httplib::Error::Success;
-    // What 0.11 says of a certificate or key that it cannot read.
-    bool odd = result.error() == httplib::Error::Success;
-    return odd ? httplib::Error::SSLLoadingCerts : result.error();
+  /// True if the answer was read to its end, or the sink has had enough.
+  bool run(HttpStream& stream, const HttpRequest& request, const ChunkSink& sink,
+           const Context& ctx, Exchange& state) const {
+    HttpEngine engine;
+    auto http = build(request, sink, ctx, state);
+    httplib::Response response;
+    auto error = httplib::Error::Success;
+    bool whole = engine.process_request(stream, http, response, has_close(request), error);
+    if (whole) state.response.status = response.status;  // also of what cannot have a body
+    return whole || state.stopped;
   }
 
   /// Status and body are taken by handlers: httplib 0.11 reports etcd 3.4's errors, which end in
   /// a trailer, as read errors and drops what it has read.
-  static httplib::Request build(const HttpRequest& request, const ChunkSink& sink,
-                                const Context& ctx, Exchange& state) {
+  httplib::Request build(const HttpRequest& request, const ChunkSink& sink, const Context& ctx,
+                         Exchange& state) const {
     httplib::Request http;
     http.method = "POST";
     http.path = request.path;
     http.body = request.body;
-    auto host = request.endpoint.substr(request.endpoint.find("//") + 2);
-    http.set_header("Host", host);
+    http.set_header("Host", request.endpoint.substr(request.endpoint.find("//") + 2));
     http.set_header("Content-Type", "application/json");
     for (const auto& header : request.headers) http.set_header(header.first, header.second);
     http.response_handler = [&state](const httplib::Response& response) {
@@ -3370,107 +4105,91 @@ class HttplibTransport : public Transport {
       return true;
     };
     http.content_receiver = [&](const char* data, std::size_t size, std::uint64_t, std::uint64_t) {
-      if (ctx.done()) return false;  // httplib's own limits are for each piece
+      if (ctx.done()) return false;
       bool streamed = sink && state.response.status / 100 == 2;
-      if (!streamed) return state.response.body.append(data, size), true;
-      state.stopped = !sink(std::string_view(data, size));
-      return !state.stopped;
+      if (streamed) return !(state.stopped = !sink(std::string_view(data, size)));
+      state.too_long = size > limits_.body - state.response.body.size();
+      if (!state.too_long) state.response.body.append(data, size);
+      return !state.too_long;
     };
     return http;
   }
 
-  static Result<HttpResponse> judge(const HttpRequest& request, Exchange& state,
-                                    httplib::Error error, const Context& ctx) {
-    bool whole = error == httplib::Error::Success || state.stopped;
+  Result<HttpResponse> judge(const HttpRequest& request, Exchange& state, bool whole,
+                             const HttpStream& stream, const Context& ctx) const {
     if (whole && !ctx.cancelled()) return std::move(state.response);
+    auto what = "the request to " + request.endpoint + " failed";
+    if (state.too_long) {
+      return make_error(ErrorCode::Internal, what,
+                        "the answer is longer than " + std::to_string(limits_.body) +
+                            " bytes (CoordinatorOptions::limits)",
+                        Outcome::MaybeApplied);
+    }
     bool refused = state.response.status >= 400 && !state.response.body.empty();
     if (refused && !ctx.done()) return std::move(state.response);
-    bool sent = !never_sent(error);
+    auto cause = stream.cause().empty() ? "the answer is no HTTP" : stream.cause();
+    return failed(ctx, what, cause, stream.sent());
+  }
+
+  static Error failed(const Context& ctx, const std::string& what, const std::string& cause,
+                      bool sent) {
     auto outcome = sent ? Outcome::MaybeApplied : Outcome::NotApplied;
-    auto what = "the request to " + request.endpoint + " failed";
-    if (ctx.done()) return context_error(ctx, what, httplib::to_string(error), outcome);
-    return make_error(ErrorCode::Connection, what, httplib::to_string(error), outcome);
+    if (ctx.done()) return context_error(ctx, what, cause, outcome);
+    return make_error(ErrorCode::Connection, what, cause, outcome);
   }
 
-  static bool never_sent(httplib::Error error) {
-    switch (error) {
-      case httplib::Error::Connection:
-      case httplib::Error::ConnectionTimeout:
-      case httplib::Error::BindIPAddress:
-      case httplib::Error::SSLConnection:
-      case httplib::Error::SSLLoadingCerts:
-      case httplib::Error::SSLServerVerification: return true;
-      default: return false;
-    }
-  }
-
-  /// One that is still good: httplib 0.11 takes the farewell of TLS for life, and fails.
-  Connection take(const std::string& endpoint) {
-    std::vector<Connection> stale;  // destroyed outside the lock
+  /// One that is still good.
+  Held take(const std::string& endpoint) {
+    std::vector<Held> stale;  // destroyed outside the lock
     std::lock_guard<std::mutex> lock(mutex_);
     auto& idle = idle_[endpoint];
     while (!idle.empty()) {
       auto connection = std::move(idle.back());
       idle.pop_back();
-      if (connection->tap.is_quiet()) return connection;
+      if (connection->is_quiet()) return connection;
       stale.push_back(std::move(connection));
     }
     return nullptr;
   }
 
-  void give_back(const std::string& endpoint, Connection connection) {
+  void give_back(const std::string& endpoint, Held connection) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto& idle = idle_[endpoint];
     if (idle.size() < kMostIdle) idle.push_back(std::move(connection));
   }
 
-  /// Null: TLS was asked for and is not built in.
-  Connection connect(const std::string& endpoint) const {
-    auto to = split_endpoint(endpoint);
-    auto connection = std::make_unique<HttpConnection>();
-    if (!to.tls) {
-      connection->client = std::make_unique<httplib::ClientImpl>(to.host, to.port);
-    } else {
+  Result<Held> make(const HostPort& to) {
+    if (!to.tls) return std::make_unique<Connection>();
 #ifdef CPPHTTPLIB_OPENSSL_SUPPORT
-      connection->client =
-          std::make_unique<httplib::SSLClient>(to.host, to.port, tls_.cert_file, tls_.key_file);
-      if (!tls_.ca_file.empty()) connection->client->set_ca_cert_path(tls_.ca_file);
-      connection->client->enable_server_certificate_verification(tls_.verify_server);
+    auto context = factory_.get();
+    if (!context) return context.error();
+    auto& name = tls_.server_name.empty() ? to.host : tls_.server_name;
+    return Held(std::make_unique<TlsConnection>(*context, name, tls_.verify_server));
 #else
-      return nullptr;
-#endif
-    }
-    auto* tap = &connection->tap;
-    connection->client->set_tcp_nodelay(true);
-    connection->client->set_socket_options([tap](socket_t socket) {
-      tune_socket(socket);
-      tap->attach(socket);
-    });
-    return connection;
-  }
-
-  static Error no_tls(const std::string& endpoint) {
-    return make_error(ErrorCode::Validation, "cannot speak TLS to " + endpoint,
+    return make_error(ErrorCode::Validation, "cannot speak TLS to " + to.host,
                       "cpp-httplib was built without CPPHTTPLIB_OPENSSL_SUPPORT");
+#endif
   }
 
-  static void configure(httplib::ClientImpl& client, const HttpRequest& request, const Context& ctx,
-                        bool close) {
-    auto left = milliseconds(std::chrono::hours(24));
-    if (ctx.deadline()) {
-      auto until = std::chrono::ceil<milliseconds>(*ctx.deadline() - steady_clock::now());
-      left = std::clamp(until, milliseconds(1), left);
-    }
-    auto idle = request.idle_timeout.count() > 0 ? (std::min)(left, request.idle_timeout) : left;
-    client.set_keep_alive(!close);
-    client.set_connection_timeout((std::min)(left, milliseconds(std::chrono::seconds(5))));
-    client.set_read_timeout(idle);
-    client.set_write_timeout((std::min)(left, milliseconds(std::chrono::seconds(10))));
+  bool open(Connection& connection, const std::string& endpoint, SteadyTime deadline) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    auto known = known_[endpoint];
+    lock.unlock();
+    if (!connection.connect(split_endpoint(endpoint), known, deadline)) return false;
+    lock.lock();
+    known_[endpoint] = known;
+    lock.unlock();
+    return connection.begin(deadline);
   }
 
   const TlsOptions tls_;
+  const LimitOptions limits_;
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+  TlsFactory factory_{tls_};
+#endif
   std::mutex mutex_;
-  std::map<std::string, std::vector<Connection>> idle_;
+  std::map<std::string, std::vector<Held>> idle_;
+  std::map<std::string, std::optional<Address>> known_;  // the address that worked the last time
 };
 
 #else
@@ -3487,11 +4206,12 @@ class MissingTransport : public Transport {
 
 }  // namespace detail
 
-COORDINATION_API std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls) {
+COORDINATION_API std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls,
+                                                                   const LimitOptions& limits) {
 #if COORDINATION_USE_HTTPLIB
-  return std::make_shared<detail::HttplibTransport>(tls);
+  return std::make_shared<detail::HttplibTransport>(tls, limits);
 #else
-  static_cast<void>(tls);
+  static_cast<void>(tls), static_cast<void>(limits);
   return std::make_shared<detail::MissingTransport>();
 #endif
 }
@@ -8736,7 +9456,8 @@ namespace detail {
 COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions options) {
   auto client = std::make_shared<ClientState>();
   client->log = std::make_shared<const Log>(options.logger);
-  client->transport = options.transport ? options.transport : make_default_transport(options.tls);
+  client->transport =
+      options.transport ? options.transport : make_default_transport(options.tls, options.limits);
   client->clock = options.clock ? options.clock : std::make_shared<SteadyClock>();
   std::vector<std::string> urls;
   for (auto& endpoint : options.endpoints) {

@@ -386,7 +386,10 @@ TEST_CASE("TLS: what is accepted and what is refused") {
   }
   SUBCASE("a CA file that is not there") {
     tls.ca_file = files.file("missing.pem");
-    CHECK_FALSE(ask(server, tls));
+    const auto answer = ask(server, tls);
+    REQUIRE_FALSE(answer);
+    CHECK(answer.error().code == ErrorCode::Validation);
+    CHECK(why(answer).find(tls.ca_file) != std::string::npos);
   }
   SUBCASE("a client certificate that is not there") {
     tls.ca_file = files.ca();
@@ -394,8 +397,9 @@ TEST_CASE("TLS: what is accepted and what is refused") {
     tls.key_file = files.file("missing.key");
     const auto answer = ask(server, tls);
     REQUIRE_FALSE(answer);
-    CHECK(answer.error().code == ErrorCode::Connection);
+    CHECK(answer.error().code == ErrorCode::Validation);
     CHECK(answer.error().outcome == Outcome::NotApplied);
+    CHECK(why(answer).find(tls.cert_file) != std::string::npos);
   }
   SUBCASE("a certificate for another host") {
     const EtcdServer foreign(

@@ -1,5 +1,8 @@
 // Section 4: the default transport, against a server that sends what it is told, byte by byte.
+#include <dlfcn.h>
 #include <doctest/doctest.h>
+#include <netdb.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <functional>
@@ -12,6 +15,24 @@
 
 using namespace coordination;
 using namespace support;
+
+/// The system's resolver, but for "two.test": that has the addresses 127.0.0.9 and 127.0.0.1.
+extern "C" int getaddrinfo(const char* host, const char* service, const addrinfo* hints,
+                           addrinfo** result) {
+  static const auto real =
+      reinterpret_cast<decltype(&getaddrinfo)>(dlsym(RTLD_NEXT, "getaddrinfo"));
+  if (host == nullptr || std::string(host) != "two.test") {
+    return real(host, service, hints, result);
+  }
+  addrinfo* second = nullptr;
+  const int failed = real("127.0.0.9", service, hints, result);
+  if (failed != 0) return failed;
+  const int failed_too = real("127.0.0.1", service, hints, &second);
+  addrinfo* last = *result;
+  while (last->ai_next != nullptr) last = last->ai_next;
+  last->ai_next = second;
+  return failed_too;
+}
 
 namespace {
 
@@ -30,6 +51,11 @@ class Wire {
       bytes.append(buffer, static_cast<std::size_t>(n));
     }
     return bytes;
+  }
+  /// Something of a request.
+  void read_some() const {
+    char byte = 0;
+    static_cast<void>(recv(fd_, &byte, 1, 0));
   }
   bool send(const std::string& bytes) const {
     return ::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL) ==
@@ -101,6 +127,7 @@ class RawServer {
   }
 
   std::string url() const { return "http://127.0.0.1:" + std::to_string(port_); }
+  int port() const { return port_; }
   int connections() const { return connections_; }
 
  private:
@@ -128,13 +155,53 @@ class RawServer {
   std::list<int> fds_;
 };
 
-HttpRequest post(const RawServer& server, const std::string& body = "{}") {
+HttpRequest post_to(const std::string& endpoint, const std::string& body = "{}") {
   HttpRequest request;
-  request.endpoint = server.url();
+  request.endpoint = endpoint;
   request.path = "/v3/kv/range";
   request.body = body;
   return request;
 }
+HttpRequest post(const RawServer& server, const std::string& body = "{}") {
+  return post_to(server.url(), body);
+}
+
+/// A port where nobody answers, as on a host that is gone: a listener whose queue is full.
+class SilentPort {
+ public:
+  explicit SilentPort(const char* address, int port = 0)
+      : listener_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_in to{};
+    to.sin_family = AF_INET;
+    to.sin_port = htons(static_cast<std::uint16_t>(port));
+    inet_pton(AF_INET, address, &to.sin_addr);
+    socklen_t size = sizeof(to);
+    auto* any = reinterpret_cast<sockaddr*>(&to);
+    if (bind(listener_, any, size) != 0 || listen(listener_, 0) != 0) {
+      throw std::runtime_error("cannot listen");
+    }
+    getsockname(listener_, any, &size);
+    port_ = ntohs(to.sin_port);
+    for (int i = 0; i < 4; ++i) {
+      fillers_.push_back(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+      static_cast<void>(connect(fillers_.back(), any, size));
+    }
+  }
+  SilentPort(const SilentPort&) = delete;
+  SilentPort& operator=(const SilentPort&) = delete;
+  ~SilentPort() {
+    for (const int fd : fillers_) close(fd);
+    close(listener_);
+  }
+  std::string url(const std::string& host) const {
+    return "http://" + host + ":" + std::to_string(port_);
+  }
+
+ private:
+  const int listener_;
+  int port_{0};
+  std::vector<int> fillers_;
+};
 
 std::string http(const std::string& status, const std::string& body) {
   return "HTTP/1.1 " + status + "\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n" +
@@ -495,24 +562,8 @@ TEST_CASE("transport: cancelled before, while and after") {
 }
 
 TEST_CASE("transport: a cancel while it connects") {
-  // A listener whose backlog is full does not answer.
-  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof(address);
-  auto* any = reinterpret_cast<sockaddr*>(&address);
-  REQUIRE(bind(listener, any, size) == 0);
-  REQUIRE(listen(listener, 0) == 0);
-  REQUIRE(getsockname(listener, any, &size) == 0);
-  std::vector<int> fillers;
-  for (int i = 0; i < 4; ++i) {
-    fillers.push_back(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-    static_cast<void>(connect(fillers.back(), any, size));
-  }
-  HttpRequest request;
-  request.endpoint = "http://127.0.0.1:" + std::to_string(ntohs(address.sin_port));
-  request.path = "/";
+  const SilentPort silent("127.0.0.1");
+  const auto request = post_to(silent.url("127.0.0.1"));
   const auto transport = make_default_transport();
   const Stopwatch watch;
   const auto late = transport->perform(request, nullptr, Context::with_timeout(50ms));
@@ -532,8 +583,184 @@ TEST_CASE("transport: a cancel while it connects") {
   canceller.join();
   REQUIRE_FALSE(cancelled);
   CHECK_MESSAGE(cancelled.error().code == ErrorCode::Cancelled, text_of(cancelled));
-  for (const int fd : fillers) close(fd);
-  close(listener);
+  CHECK(cancelled.error().outcome == Outcome::NotApplied);
+}
+
+TEST_CASE("transport: an address that does not answer has 1.5 s, not the whole call") {
+  const SilentPort silent("127.0.0.1");
+  const Stopwatch watch;
+  const auto answer = make_default_transport()->perform(post_to(silent.url("127.0.0.1")), nullptr,
+                                                        Context::with_timeout(20s));
+  CHECK(watch.elapsed().count() >= 1450);
+  CHECK(watch.elapsed().count() <= lenient(1900ms).count());
+  REQUIRE_FALSE(answer);
+  CHECK(answer.error().code == ErrorCode::Connection);
+  CHECK(answer.error().outcome == Outcome::NotApplied);
+  CHECK(answer.error().cause == "no answer in 1.5 s to the connection attempt");
+}
+
+TEST_CASE("transport: all addresses of a name are tried, and the good one first the next time") {
+  const RawServer server(after_request([](Wire& wire) { wire.send(http("200 OK", "{}")); }));
+  const SilentPort silent("127.0.0.9", server.port());
+  auto request = post_to(silent.url("two.test"));
+  request.headers.emplace_back("Connection", "close");
+  const auto transport = make_default_transport();
+  const Stopwatch first;
+  const auto answer = transport->perform(request, nullptr, Context::with_timeout(1s));
+  REQUIRE_MESSAGE(answer, text_of(answer));
+  CHECK(first.elapsed().count() >= 200);
+  const Stopwatch second;
+  for (int i = 0; i < 10; ++i) CHECK(transport->perform(request, nullptr, {}));
+  CHECK(second.elapsed().count() < lenient(1000ms).count());  // not ten head starts of 250 ms
+  CHECK(server.connections() == 11);
+}
+
+TEST_CASE("transport: a name of which no address serves has all their causes") {
+  const SilentPort silent("127.0.0.9", free_port());
+  const auto answer = make_default_transport()->perform(post_to(silent.url("two.test")), nullptr,
+                                                        Context::with_timeout(1s));
+  REQUIRE_FALSE(answer);
+  CHECK(answer.error().code == ErrorCode::Timeout);
+  CHECK(answer.error().outcome == Outcome::NotApplied);
+  CHECK(answer.error().cause == "connection refused; no answer in 1 s to the connection attempt");
+}
+
+TEST_CASE("transport: with more than a thousand files open") {
+  rlimit before{};
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  rlimit more = before;
+  more.rlim_cur = std::min<rlim_t>(before.rlim_max, 4096);
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &more) == 0);
+  std::vector<int> files;
+  while (files.empty() || files.back() < 1100) {
+    files.push_back(open("/dev/null", O_RDONLY | O_CLOEXEC));
+    REQUIRE(files.back() >= 0);
+  }
+  const RawServer server(after_request([](Wire& wire) { wire.send(http("200 OK", "{}")); }));
+  const auto answer = make_default_transport()->perform(post(server), nullptr, {});
+  CHECK_MESSAGE(answer, text_of(answer));
+  for (const int file : files) close(file);
+  setrlimit(RLIMIT_NOFILE, &before);
+}
+
+// What the cause says.
+
+TEST_CASE("transport: why there is no connection, in plain words") {
+  const auto transport = make_default_transport();
+  const auto cause = [&](const std::string& endpoint) {
+    const auto answer = transport->perform(post_to(endpoint), nullptr, Context::with_timeout(10s));
+    REQUIRE_FALSE(answer);
+    CHECK(answer.error().code == ErrorCode::Connection);
+    CHECK(answer.error().outcome == Outcome::NotApplied);
+    CHECK(answer.error().message == "cannot connect to " + endpoint);
+    return answer.error().cause;
+  };
+  const auto port = ":" + std::to_string(free_port());
+  CHECK(cause("http://127.0.0.1" + port) == "connection refused");
+  CHECK(cause("https://127.0.0.1" + port) == "connection refused");
+  const auto unknown = cause("http://no-such-host.invalid:1");
+  CHECK_MESSAGE(unknown.find("host name not found: ") == 0, unknown);
+  CHECK(unknown.size() > 25);  // the resolver's words
+
+  rlimit before{};
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  const rlimit none{3, before.rlim_max};
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const auto starved =
+      transport->perform(post_to("http://127.0.0.1" + port), nullptr, Context::with_timeout(10s));
+  setrlimit(RLIMIT_NOFILE, &before);
+  REQUIRE_FALSE(starved);
+  CHECK(starved.error().cause == "no file descriptors left");
+  CHECK(starved.error().outcome == Outcome::NotApplied);
+}
+
+TEST_CASE("transport: why there is no answer, in plain words") {
+  const auto cause = [](std::function<void(Wire&)> then, milliseconds limit = lenient(5s)) {
+    const RawServer server(after_request(std::move(then)));
+    const auto answer =
+        make_default_transport()->perform(post(server), nullptr, Context::with_timeout(limit));
+    REQUIRE_FALSE(answer);
+    CHECK(answer.error().outcome == Outcome::MaybeApplied);
+    CHECK(answer.error().message == "the request to " + server.url() + " failed");
+    return answer.error().cause;
+  };
+  const std::string some = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{";
+  const auto stay = [](Wire& wire) { wire.wait_for_end(); };
+  CHECK(cause([](Wire&) {}) == "the connection was closed before an answer came");
+  CHECK(cause([&](Wire& wire) { wire.send(some); }) ==
+        "the connection was closed in the middle of the answer");
+  CHECK(cause(stay, 200ms).find("no answer in 0.2") == 0);
+  CHECK(cause([&](Wire& wire) { wire.send(some), stay(wire); }, 200ms)
+            .find("nothing more came in 0.") == 0);
+  CHECK(cause([&](Wire& wire) { wire.send("\x15\x03\x01\x02"), stay(wire); }) ==
+        "http spoken to an https port");
+  CHECK(cause([&](Wire& wire) { wire.send("SSH-2.0 \x1b[31m\r\n"), stay(wire); }) ==
+        "the answer is no HTTP, but \"SSH-2.0 \\x1b[31m\\x0d\\x0a\"");
+  CHECK(cause([&](Wire& wire) {
+          wire.send("HTTP/1.1 2000 OK\r\n\r\n"), stay(wire);
+        }).find("the answer is no HTTP, but ") == 0);
+}
+
+// What is too much.
+
+namespace {
+
+/// The error of a server that sends `first` and then `more` for ever.
+Error flood(const std::string& first, const std::string& more) {
+  const RawServer server(after_request([&](Wire& wire) {
+    wire.send(first);
+    while (wire.send(more)) {
+    }
+  }));
+  LimitOptions limits;
+  limits.body = 4 * 1024 * 1024;
+  const Stopwatch watch;
+  const auto answer = make_default_transport({}, limits)
+                          ->perform(post(server), nullptr, Context::with_timeout(lenient(5s)));
+  REQUIRE_FALSE(answer);
+  CHECK(watch.elapsed().count() < lenient(2s).count());
+  CHECK(answer.error().outcome == Outcome::MaybeApplied);
+  return answer.error();
+}
+
+}  // namespace
+
+TEST_CASE("transport: an answer without end is not read without end") {
+  const std::string much(100000, 'A');
+  const std::string head = "the head of the answer is longer than 65536 bytes";
+  CHECK(flood("HTTP/1.1 200 ", much).cause == head);
+  CHECK(flood("HTTP/1.1 200 OK\r\n", "X-Filler: 123456789\r\n" + much).cause == head);
+  CHECK(flood("", "HTTP/1.1 103 Early Hints\r\n\r\n").cause == head);
+  const auto body = flood(kChunkedHead, chunk(much));
+  CHECK(body.code == ErrorCode::Internal);
+  CHECK(body.cause == "the answer is longer than 4194304 bytes (CoordinatorOptions::limits)");
+  CHECK(flood("HTTP/1.1 500 Oh\r\nContent-Length: 1000000000\r\n\r\n", much).cause == body.cause);
+}
+
+TEST_CASE("transport: a long reason, 1xx heads: read as what they are") {
+  for (const auto& head : {"HTTP/1.1 200 " + std::string(60000, 'A') + "\r\n",
+                           std::string("HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+                                       "HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n"
+                                       "HTTP/1.1 200\r\n")}) {
+    const RawServer server(
+        after_request([&](Wire& wire) { wire.send(head + "Content-Length: 2\r\n\r\n{}"); }));
+    const auto answer = make_default_transport()->perform(post(server), nullptr, {});
+    REQUIRE_MESSAGE(answer, text_of(answer));
+    CHECK(answer->status == 200);
+    CHECK(answer->body == "{}");
+  }
+}
+
+TEST_CASE("transport: an answer that comes before the request is whole is read") {
+  const RawServer server([](Wire& wire) {
+    wire.read_some();
+    wire.send(http("413 Too Large", "no more than this"));
+  });
+  const auto answer =
+      make_default_transport()->perform(post(server, std::string(20000000, 'x')), nullptr, {});
+  REQUIRE_MESSAGE(answer, text_of(answer));
+  CHECK(answer->status == 413);
+  CHECK(answer->body == "no more than this");
 }
 
 TEST_CASE("transport: many threads, one transport") {
