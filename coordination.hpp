@@ -810,7 +810,7 @@ class Lock {
 /// A counting semaphore: at most `permits` holders, first come, first served.
 class Semaphore {
  public:
-  /// Blocks: until there is a permit or `ctx` is done.
+  /// Blocks: until there is a permit or `ctx` is done, as DistributedLock::acquire.
   Result<Lock> acquire(milliseconds ttl, Context ctx = {});
   /// Errors: Conflict if there is none.
   Result<Lock> try_acquire(milliseconds ttl, Context ctx = {});
@@ -832,7 +832,10 @@ class Semaphore {
 /// the TTL is rounded up.
 class DistributedLock {
  public:
-  /// Blocks: until the lock is ours or `ctx` is done. A call that fails leaves nothing behind.
+  /// Blocks: until the lock is ours or `ctx` is done, also through an outage of etcd; whose place
+  ///         in the queue is lost in one stands at its end again. A call that fails leaves nothing
+  ///         behind.
+  /// Errors: Timeout and Cancelled name who holds it, or why etcd could not be asked.
   Result<Lock> acquire(std::string key, milliseconds ttl, Context ctx = {});
   /// Errors: Conflict if somebody holds it.
   Result<Lock> try_acquire(std::string key, milliseconds ttl, Context ctx = {});
@@ -898,7 +901,8 @@ class Leadership {
 /// Go's concurrency.Election on that prefix stand in the same queue.
 class Election {
  public:
-  /// Blocks: until this candidate leads or `ctx` is done. A call that fails leaves nothing behind.
+  /// Blocks: until this candidate leads or `ctx` is done, as DistributedLock::acquire. A call that
+  ///         fails leaves nothing behind.
   Result<Leadership> campaign(std::string name, std::string value, milliseconds ttl,
                               Context ctx = {});
   /// Errors: NotFound if nobody leads.
@@ -6060,7 +6064,7 @@ COORDINATION_API void LeaseKeeper::revoke_all(const std::shared_ptr<std::vector<
 COORDINATION_API Result<Lease> Client::grant(milliseconds ttl, Context ctx) {
   auto valid = detail::validate_ttl(ttl);
   if (!valid) return valid.error();
-  auto lease = state_->leases->grant(ttl, ctx);
+  auto lease = state_->leases->grant(ttl, state_->bounded(ctx));
   if (!lease) return lease.error();
   return Lease(std::move(*lease));
 }
@@ -7666,6 +7670,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   /// A key that is soon given back is not worth a watch.
   static constexpr milliseconds kWatchAfter{250};
+  static constexpr milliseconds kPatient{5000};  // with a slow etcd
   static constexpr std::size_t kMostIds = 16;
 
   LeasePtr present_lease() {
@@ -7786,7 +7791,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     if (phase != Phase::Held || client->closing) return;
     Txn txn;
     txn.when(ours);
-    auto now = client->commit(txn, Safety::Read, Context::with_timeout(milliseconds(1000)));
+    auto now = client->commit(txn, Safety::Read, Context::with_timeout(kPatient));
     if (now && now->succeeded) return watch_from(now->revision + 1);
     if (now) return lost("the key was deleted");
     client->executor->timer.after(milliseconds(500), [weak = weak_from_this()] {
@@ -7939,6 +7944,19 @@ COORDINATION_API bool of_another_queue(const std::string& key, const std::string
   return key.find('/', prefix.size()) != std::string::npos;
 }
 
+/// Of equals the one with the lower key, as etcd sorts them.
+COORDINATION_API RangeRequest oldest_under(const std::string& prefix, std::int64_t limit = 1) {
+  RangeRequest range;
+  range.key = prefix;
+  range.range_end = prefix_range_end(prefix);
+  range.sort_order = SortOrder::Ascend;
+  range.sort_target = SortTarget::Create;
+  range.limit = limit;
+  return range;
+}
+
+inline constexpr const char* kOver = "the Context had ended before";
+
 /// Who may hold, given those who came earlier.
 struct QueueRule {
   enum class Kind { Exclusive, Shared, Permits };
@@ -7969,7 +7987,8 @@ class Contender {
     std::string blocker;  // the key to wait for; empty: any of the prefix
   };
 
-  Result<void> prepare(const Context& ctx, bool fresh);
+  Result<Turn> take_place(const Context& ctx);
+  Result<void> prepare(const Context& ctx);
   Result<TxnResponse> commit_put(const Txn& txn, const Context& ctx);
   Result<Turn> enter(const Context& ctx);
   Result<Turn> enter_if_free(const Context& ctx);
@@ -7977,65 +7996,76 @@ class Contender {
   Result<Turn> wait(const Turn& turn, const Context& ctx);
   bool hidden(const std::vector<KeyValue>& keys);
   Turn judge(const std::vector<KeyValue>& keys) const;
+  void blame(const std::vector<KeyValue>& oldest);
   RangeRequest earlier_keys() const;
   std::string watch_body(const Turn& turn) const;
   Result<Turn> wait_on_stream(const Turn& turn, const Context& ctx);
   OwnedKeyPtr own();
   bool step_back(const Context& ctx);
   Error give_up(Error error);
-  static Error nothing_done(Error error) {
-    error.outcome = Outcome::NotApplied;  // a lease that may have been granted is revoked
-    return error;
-  }
+  Error not_acquired(const Context& ctx) const;
+  std::string name() const { return prefix_.substr(0, prefix_.size() - 1); }
 
   const std::shared_ptr<ClientState> client_;
   const std::string prefix_;
   const QueueRule rule_;
   const std::string value_;
   const milliseconds ttl_;
+  const SteadyTime began_{steady_clock::now()};
   LeasePtr lease_;
   std::string key_;
   std::int64_t token_{0};
   std::int64_t looked_at_{0};  // the revision of what is known
   bool queued_{false};         // the key was put even if others were before us
   bool crowded_{false};        // there are keys of other queues between ours
+  std::string cause_;          // what it waits for
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
 };
 
-COORDINATION_API Result<void> Contender::prepare(const Context& ctx, bool fresh) {
+/// With the lease at hand, or with another.
+COORDINATION_API Result<void> Contender::prepare(const Context& ctx) {
   if (client_->closing) return closed_error();
-  if (ctx.done()) return context_error(ctx, "the lock was not asked for");
-  auto lease = fresh ? client_->leases->grant(ttl_, ctx) : client_->leases->take(ttl_, ctx);
+  if (ctx.done()) return context_error(ctx, name() + " was not asked for", kOver);
+  if (lease_ && lease_->held()) return {};
+  // Where one that was kept is dead, others may be, too: the next one is new.
+  if (lease_) client_->leases->drop(lease_);
+  auto lease = lease_ ? client_->leases->grant(ttl_, ctx) : client_->leases->take(ttl_, ctx);
   if (!lease) return lease.error();
   lease_ = std::move(*lease);
   key_ = prefix_ + lease_hex(lease_->id);
   return {};
 }
 
+COORDINATION_API Result<Contender::Turn> Contender::take_place(const Context& ctx) {
+  auto prepared = prepare(ctx);
+  return prepared ? enter(ctx) : prepared.error();
+}
+
+/// What waiting does not mend.
+COORDINATION_API bool is_final(const Error& error) {
+  return error.code == ErrorCode::Validation || error.code == ErrorCode::PermissionDenied ||
+         error.code == ErrorCode::Conflict;
+}
+
 COORDINATION_API Result<OwnedKeyPtr> Contender::acquire(const Context& ctx) {
-  bool fresh = false;
+  auto waiting = join_contexts({&ctx, &client_->open});
   while (true) {
-    auto prepared = prepare(ctx, fresh);
-    if (!prepared) return nothing_done(prepared.error());
-    auto turn = enter(ctx);
+    auto turn = take_place(ctx);
     while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
-    if (!turn) return give_up(turn.error());
-    if (turn->place == Place::Head && lease_->held()) return own();
-    // The lease or the key has died while we waited: to the end of the queue. Where a kept lease
-    // was dead already, others may be, too: the next one is new.
-    client_->leases->drop(lease_);
-    if (!std::exchange(fresh, true)) continue;
-    if (!pause(join_contexts({&ctx, &client_->open}), backoff_.next())) {
-      return give_up(context_error(ctx, "the lock was not acquired"));
-    }
+    if (turn && turn->place == Place::Head && lease_->held()) return own();
+    if (!turn && (client_->closing || is_final(turn.error()))) return give_up(turn.error());
+    // To the end of the queue if the lease or the key has died meanwhile; in an outage, again.
+    if (turn) client_->leases->drop(lease_);
+    if (!turn && (cause_.empty() || !waiting.done())) cause_ = to_string(turn.error());
+    if (!pause(waiting, backoff_.next())) return give_up(not_acquired(ctx));
   }
 }
 
 COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& given) {
   auto ctx = client_->bounded(given);
   for (int attempt = 0; attempt < 2; ++attempt) {
-    auto prepared = prepare(ctx, attempt > 0);
-    if (!prepared) return nothing_done(prepared.error());
+    auto prepared = prepare(ctx);
+    if (!prepared) return give_up(prepared.error());
     bool exclusive = rule_.kind == QueueRule::Kind::Exclusive;
     auto turn = exclusive ? enter_if_free(ctx) : enter(ctx);
     if (!turn) return give_up(turn.error());
@@ -8049,8 +8079,7 @@ COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& given
     } else {
       client_->leases->drop(lease_);
     }
-    auto name = prefix_.substr(0, prefix_.size() - 1);
-    return make_error(ErrorCode::Conflict, name + " is held by somebody else");
+    return make_error(ErrorCode::Conflict, name() + " is taken", cause_);
   }
   return make_error(ErrorCode::Lost, "the lease was lost before the lock was ours");
 }
@@ -8068,14 +8097,22 @@ COORDINATION_API bool Contender::step_back(const Context& ctx) {
   return client_->commit(txn, Safety::Idempotent, ctx).has_value();
 }
 
-/// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now.
+/// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now. The
+/// caller's time is over: what takes longer is done in the background.
 COORDINATION_API Error Contender::give_up(Error error) {
-  if (lease_->phase == LeaseState::Phase::Live && !client_->closing) {
-    auto quick = Context::with_timeout(milliseconds(60));
+  if (lease_ && lease_->phase == LeaseState::Phase::Live && !client_->closing) {
+    auto quick = Context::with_timeout(milliseconds(20));
     static_cast<void>(client_->leases->end(lease_, quick));
   }
   if (client_->open.cancelled()) return closed_error();
-  return nothing_done(std::move(error));
+  error.outcome = Outcome::NotApplied;
+  return error;
+}
+
+COORDINATION_API Error Contender::not_acquired(const Context& ctx) const {
+  auto waited = std::chrono::duration_cast<milliseconds>(steady_clock::now() - began_);
+  auto time = std::to_string(waited.count()) + " ms";
+  return context_error(ctx, name() + " was not acquired within " + time, cause_);
 }
 
 /// The keys that may be before ours: of those with a lower create revision as many as the rule
@@ -8117,6 +8154,16 @@ COORDINATION_API Contender::Turn Contender::judge(const std::vector<KeyValue>& k
   return {Place::Head, {}};
 }
 
+/// Remembers who holds it, for errors.
+COORDINATION_API void Contender::blame(const std::vector<KeyValue>& oldest) {
+  cause_ = "somebody else holds it";
+  for (const KeyValue& kv : oldest) {
+    if (kv.key == key_ || of_another_queue(kv.key, prefix_)) continue;
+    cause_ = kv.key + " holds it";
+    return;
+  }
+}
+
 /// A put that was sent twice may arrive once more after the key was deleted: its lease must go,
 /// so that it cannot make a key that is nobody's.
 COORDINATION_API Result<TxnResponse> Contender::commit_put(const Txn& txn, const Context& ctx) {
@@ -8134,6 +8181,7 @@ COORDINATION_API Result<Contender::Turn> Contender::enter(const Context& ctx) {
   txn.when(Compare::missing(key_))
       .then(Op::put(key_, value_, lease_->id))
       .then(Op::range(std::move(earlier)))
+      .then(Op::range(oldest_under(prefix_)))
       .otherwise(Op::get(key_));
   auto done = commit_put(txn, ctx);
   if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
@@ -8141,6 +8189,7 @@ COORDINATION_API Result<Contender::Turn> Contender::enter(const Context& ctx) {
   queued_ = true;
   if (done->succeeded) {
     token_ = looked_at_ = done->revision;
+    blame(done->range(2).kvs);
     return hidden(done->range(1).kvs) ? look(ctx) : judge(done->range(1).kvs);
   }
   auto& mine = done->range(0).kvs;
@@ -8154,13 +8203,8 @@ COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context&
   auto nobody = Compare::missing(prefix_);
   nobody.range_end = prefix_range_end(prefix_);
   Txn txn;
-  RangeRequest some;
-  some.key = prefix_;
-  some.range_end = nobody.range_end;
-  some.limit = 10;
-  some.keys_only = true;
   txn.when(nobody).then(Op::put(key_, value_, lease_->id));
-  txn.otherwise(Op::get(key_)).otherwise(Op::range(std::move(some)));
+  txn.otherwise(Op::get(key_)).otherwise(Op::range(oldest_under(prefix_, 10)));
   auto done = commit_put(txn, ctx);
   if (!done && done.error().code == ErrorCode::NotFound) return Turn{};
   if (!done) return done.error();
@@ -8170,6 +8214,7 @@ COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context&
   }
   auto& mine = done->range(0).kvs;
   auto& seen = done->range(1).kvs;
+  blame(seen);
   bool foreign = std::all_of(seen.begin(), seen.end(),
                              [&](const KeyValue& kv) { return of_another_queue(kv.key, prefix_); });
   if (mine.empty() && foreign) return enter(ctx);
@@ -8184,10 +8229,12 @@ COORDINATION_API Result<Contender::Turn> Contender::look(const Context& ctx) {
   earlier.max_create_revision = token_ - 1;
   Txn txn;
   txn.then(Op::get(key_)).then(Op::range(std::move(earlier)));
+  txn.then(Op::range(oldest_under(prefix_)));
   auto done = client_->commit(txn, Safety::Read, ctx);
   if (!done) return done.error();
   auto& mine = done->range(0).kvs;
   looked_at_ = done->revision;
+  blame(done->range(2).kvs);
   if (mine.empty() || mine.front().create_revision != token_) return Turn{};
   return hidden(done->range(1).kvs) ? look(ctx) : judge(done->range(1).kvs);
 }
@@ -8204,9 +8251,8 @@ COORDINATION_API Result<Contender::Turn> Contender::wait(const Turn& turn, const
     backoff_.reset();
   }
   if (lease_->life.cancelled() || !lease_->held()) return Turn{};
-  if (ctx.done()) return context_error(ctx, "the lock was not acquired", "somebody else holds it");
-  if (client_->open.cancelled()) return closed_error();
-  if (next || next.error().code == ErrorCode::PermissionDenied) return next;
+  if (next || waiting.done() || is_final(next.error())) return next;
+  cause_ = to_string(next.error());
   return turn;
 }
 
@@ -8426,12 +8472,7 @@ COORDINATION_API Result<Leadership> Election::campaign(std::string name, std::st
 COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context ctx) {
   auto valid = detail::validate_key(name, "name");
   if (!valid) return valid.error();
-  RangeRequest range;
-  range.key = state_->path("/elections/", name) + "/";
-  range.range_end = prefix_range_end(range.key);
-  range.sort_order = SortOrder::Ascend;
-  range.sort_target = SortTarget::Create;
-  range.limit = 1;
+  auto range = detail::oldest_under(state_->path("/elections/", name) + "/");
   auto first = state_->client->read(range, ctx);
   if (!first) return first.error();
   if (!first->kvs.empty() && detail::of_another_queue(first->kvs.front().key, range.key)) {
@@ -8735,7 +8776,7 @@ class Registration : public std::enable_shared_from_this<Registration> {
   }
 
   void heal() {
-    auto ctx = Context::with_timeout(milliseconds(1000));
+    auto ctx = Context::with_timeout(milliseconds(5000));
     if (ended_ || client_->closing || !turnstile_.enter(Context::with_timeout(milliseconds(0)))) {
       if (!ended_ && !client_->closing) heal_later(backoff_.next());
       return;
@@ -9510,7 +9551,7 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
   state->client = detail::make_client(std::move(options));
   state->registry = std::make_shared<detail::RegistryState>();
   Coordinator coordinator(state);
-  auto served = detail::knock(*state->client, ctx);
+  auto served = detail::knock(*state->client, state->client->bounded(ctx));
   if (!served) return served.error();
   auto& members = *state->client->members;
   auto& endpoint = members.url(members.current());
@@ -9569,9 +9610,11 @@ COORDINATION_API milliseconds default_timeout() {
   return globals().options.timeout;
 }
 
-/// Calls `fn` with the default Coordinator.
+/// Calls `fn` with the default Coordinator; connecting and calling share one time limit, that of
+/// `ctx` from now on.
 template <class Fn>
-auto with_default(const Context& ctx, Fn&& fn) -> decltype(fn(std::declval<Coordinator&>())) {
+auto with_default(Context& ctx, Fn&& fn) -> decltype(fn(std::declval<Coordinator&>())) {
+  if (!ctx.deadline()) ctx = join_contexts({&ctx}, steady_clock::now() + default_timeout());
   auto coordinator = default_coordinator(ctx);
   if (!coordinator) return coordinator.error();
   return fn(**coordinator);
@@ -9636,7 +9679,9 @@ COORDINATION_API Result<void> close() {
 }
 
 COORDINATION_API Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.lock().acquire(key, ttl, ctx); });
+  auto connecting = ctx;
+  return detail::with_default(connecting,
+                              [&](Coordinator& c) { return c.lock().acquire(key, ttl, ctx); });
 }
 
 COORDINATION_API Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx) {

@@ -97,6 +97,13 @@ inline Answer silence() {
     return blocked(ctx, coordination::Outcome::MaybeApplied);
   };
 }
+/// An answer that takes its time.
+inline Answer after(std::chrono::milliseconds time, Answer then) {
+  return [=](const auto& request, const auto& sink, const coordination::Context& ctx) {
+    std::this_thread::sleep_for(time);
+    return then(request, sink, ctx);
+  };
+}
 /// No answer until the Context is cancelled, whatever its deadline says.
 inline Answer deaf_to_deadlines() {
   return [](const auto&, const auto&, const coordination::Context& ctx) {

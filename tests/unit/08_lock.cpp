@@ -323,6 +323,62 @@ TEST_CASE("lock: one whose lease dies while he waits queues again") {
   CHECK(s.d.client().get(waiter.lock().key()));
 }
 
+TEST_CASE("lock: who waits outlasts an outage that takes his lease, and queues again") {
+  Setup s;
+  auto lock = s.acquire("a", 60s);
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  s.cut_off("two");
+  s.etcd->advance(10s);
+  REQUIRE(queued(s, 1));
+  const int before = s.tap->count();
+  CHECK(eventually([&] { return s.tap->count() >= before + 10; }));  // it asks for a new lease
+  CHECK_FALSE(waiter.done());
+  s.etcd->heal();
+  CHECK(queued(s, 2));
+  lock.unlock().value();
+  CHECK(waiter.wins());
+}
+
+TEST_CASE("lock: who comes while etcd is away waits for it") {
+  Setup s;
+  s.cut_off("one");
+  Waiter waiter(exclusive(s.c));
+  CHECK(eventually([&] { return s.tap->count("/v3/lease/grant") >= 10; }));
+  CHECK_FALSE(waiter.done());
+  const auto late = s.c.lock().acquire("b", 9s, Context::with_timeout(50ms));
+  check_code(late, ErrorCode::Timeout);
+  CHECK(late.error().message.find("/locks/b was not acquired within ") == 0);
+  CHECK(late.error().cause.find("CONNECTION_ERROR") != std::string::npos);
+  CHECK(late.error().outcome == Outcome::NotApplied);
+  s.etcd->heal();
+  CHECK(waiter.wins());
+}
+
+TEST_CASE("lock: who does not get it is told who has it, and how long was waited") {
+  Setup s;
+  const auto lock = s.acquire();
+  Waiter second(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  const auto third = s.d.lock().acquire("a", 9s, Context::with_timeout(60ms));
+  check_code(third, ErrorCode::Timeout);
+  int waited = 0;
+  const char* form = "/locks/a was not acquired within %d ms";
+  REQUIRE_MESSAGE(std::sscanf(third.error().message.c_str(), form, &waited) == 1, text_of(third));
+  CHECK(waited >= 60);
+  CHECK(third.error().cause.find(lock.key()) == 0);
+  CHECK(third.error().cause.find(" holds it") != std::string::npos);
+  const auto tried = s.d.lock().try_acquire("a", 9s);
+  check_code(tried, ErrorCode::Conflict);
+  CHECK(tried.error().message == "/locks/a is taken");
+  CHECK(tried.error().cause.find(lock.key()) == 0);
+  const Context over;
+  over.cancel();
+  const auto ended = s.d.lock().acquire("a", 9s, over);
+  check_code(ended, ErrorCode::Cancelled);
+  CHECK(ended.error().cause.find("the Context had ended before") != std::string::npos);
+}
+
 TEST_CASE("lock: in one queue with contenders of another kind") {
   Setup s;
   // As `etcdctl lock /locks/a` does it.

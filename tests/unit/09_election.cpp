@@ -112,6 +112,16 @@ TEST_CASE("election: a candidate who gives up leaves nothing") {
   CHECK(office.held());
 }
 
+TEST_CASE("election: a candidate who comes while etcd is away waits for it") {
+  Setup s;
+  s.cut_off("one");
+  Candidate candidate(s.c, "v");
+  CHECK(eventually([&] { return s.tap->count("/v3/lease/grant") >= 10; }));
+  CHECK_FALSE(candidate.done());
+  s.etcd->heal();
+  CHECK(candidate.leads());
+}
+
 TEST_CASE("election: proclaim") {
   Setup s;
   auto office = s.campaign("one");

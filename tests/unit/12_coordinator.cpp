@@ -306,3 +306,32 @@ TEST_CASE("coordinator: it can be moved, and what it replaces is closed") {
   CHECK(third.client().range({"a"}));
   CHECK(third.close());
 }
+
+TEST_CASE("connect: the login and the first read share one time limit") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  etcd->always("/v3/auth/authenticate", after(lenient(300ms), ok(reply(0, R"("token":"t")"))));
+  etcd->always(kRange, silence());
+  auto options = options_with(etcd);
+  options.username = "u";
+  options.password = "p";
+  options.timeout = lenient(400ms);
+  const Stopwatch watch;
+  const auto connected = Coordinator::connect(options);
+  CHECK_FALSE(connected);
+  CHECK(watch.elapsed() < lenient(600ms));
+  CHECK(etcd->count(kRange) == 1);
+}
+
+TEST_CASE("grant: the grant and the renewal that a slow one needs share one time limit") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  auto options = options_with(etcd);
+  options.timeout = 1400ms;
+  options.retry_config.max_attempts = 1;
+  auto c = connect_to(options);
+  etcd->always("/v3/lease/grant", after(1100ms, ok(reply(5, R"("ID":"1","TTL":"2")"))));
+  etcd->always("/v3/lease/keepalive", silence());
+  const Stopwatch watch;
+  CHECK_FALSE(c.client().grant(2s));
+  CHECK(watch.elapsed() < lenient(1900ms));
+  CHECK(etcd->count("/v3/lease/keepalive") == 1);
+}

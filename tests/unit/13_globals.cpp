@@ -157,3 +157,17 @@ TEST_CASE("globals: configuration") {
   CHECK(eventually([&] { return notes.size() == 2; }));
   CHECK(notes.lines() == std::vector<std::string>{R"({"a":1})", "null"});
 }
+
+TEST_CASE("globals: connecting and the call share one time limit") {
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  etcd->next("/v3/kv/range", after(lenient(300ms), ok(reply(1))));
+  etcd->always("/v3/kv/range", silence());
+  auto options = options_with(etcd);
+  options.timeout = lenient(400ms);
+  Setup s;
+  set_default_options(options).value();
+  const Stopwatch watch;
+  check_code(get_config("a"), ErrorCode::Timeout);
+  CHECK(watch.elapsed() < lenient(600ms));
+  CHECK(etcd->count("/v3/kv/range") == 2);
+}
