@@ -319,7 +319,8 @@ TEST_CASE("connect: the login and the first read share one time limit") {
   const auto connected = Coordinator::connect(options);
   CHECK_FALSE(connected);
   CHECK(watch.elapsed() < lenient(600ms));
-  CHECK(etcd->count(kRange) == 1);
+  CHECK(etcd->count(kRange) >= 1);
+  CHECK(etcd->count(kRange) <= 2);  // the member that is late is looked at
 }
 
 TEST_CASE("grant: the grant and the renewal that a slow one needs share one time limit") {

@@ -169,5 +169,6 @@ TEST_CASE("globals: connecting and the call share one time limit") {
   const Stopwatch watch;
   check_code(get_config("a"), ErrorCode::Timeout);
   CHECK(watch.elapsed() < lenient(600ms));
-  CHECK(etcd->count("/v3/kv/range") == 2);
+  CHECK(etcd->count("/v3/kv/range") >= 2);
+  CHECK(etcd->count("/v3/kv/range") <= 3);  // the member that is late is looked at
 }

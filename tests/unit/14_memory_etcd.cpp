@@ -429,15 +429,16 @@ TEST_CASE_FIXTURE(Fixture, "whose answer it is") {
   std::size_t puts = 0;
   const auto ids = [&] {
     gateway.put("a", "1");
-    REQUIRE(watch.events(1, puts + 1).size() == ++puts);
+    ++puts;
+    REQUIRE(watch.events(1, puts).size() == puts);
     Json lines = gateway.keep_alive({7});
     lines.push_back({{"result", watch.results().back()}});
     lines.push_back({{"result", gateway.get("a").json}});
-    std::set<std::string> ids;
+    std::set<std::string> seen;
     for (const Json& line : lines) {
-      ids.insert(line["result"]["header"]["cluster_id"].get<std::string>());
+      seen.insert(line["result"]["header"]["cluster_id"].get<std::string>());
     }
-    return ids;
+    return seen;
   };
   CHECK(ids() == std::set<std::string>{std::to_string(etcd->cluster_id())});
   etcd->set_cluster_id(18446744073709551615u);
