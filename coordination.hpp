@@ -4986,16 +4986,23 @@ COORDINATION_API Result<Reply> ClientState::call(const Call& request, const Cont
   return Attempts(*this, request, ctx, accept, with_token).run();
 }
 
+/// Of a member that was found dead.
+COORDINATION_API Error silent_member(Outcome outcome) {
+  return make_error(ErrorCode::Unavailable, "a member is dead",
+                    "it is silent while another one answers", outcome);
+}
+
 /// What the answer of a member means, or that there was none. `ctx`: of the call, all attempts.
 COORDINATION_API Verdict ClientState::judge(const Result<HttpResponse>& response,
                                             std::size_t member, const Context& ctx) {
   Verdict verdict;
   if (!response) {
     verdict = judge_transport(response.error());
-    // Where it was found dead, or the watchdog was needed.
-    if (response.error().code == ErrorCode::Cancelled) {
+    if (response.error().code == ErrorCode::Cancelled && !ctx.cancelled()) {
       verdict.next = Verdict::Next::OtherMember;
       verdict.member_failed = true;
+      verdict.error.code = ErrorCode::Timeout;  // the watchdog was needed
+      if (!ctx.done()) verdict.error = silent_member(verdict.error.outcome);
     }
   } else if (response->status == 200) {
     verdict = {not_etcd(members->url(member), response->body), Verdict::Next::OtherMember, true,
@@ -5142,7 +5149,7 @@ COORDINATION_API void ClientState::look_at(std::size_t member) {
   }
   members->end_look(member);
   if (!dead || open.cancelled()) return;
-  member_failed(member, make_error(ErrorCode::Unavailable, "it is silent, and another one is not"));
+  member_failed(member, silent_member(Outcome::NotApplied));
   members->bury(member);
 }
 

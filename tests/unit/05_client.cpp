@@ -680,6 +680,176 @@ TEST_CASE("members: a read that one member swallows is answered by another in ti
   CHECK(watch.elapsed() < 600ms);
 }
 
+namespace {
+
+/// An answer that takes its time, and is given up when nobody waits for it.
+Answer late(milliseconds time, Answer then) {
+  return [=](const HttpRequest& request, const ChunkSink& sink, const Context& ctx) {
+    const auto own = Context::with_timeout(time);
+    const auto hook = ctx.on_cancel([own] { own.cancel(); });
+    static_cast<void>(blocked(own, Outcome::MaybeApplied));
+    if (!ctx.done()) return then(request, sink, ctx);
+    return Result<HttpResponse>(
+        Error{ErrorCode::Cancelled, "the script did not answer", "", Outcome::MaybeApplied, 0});
+  };
+}
+
+std::string reply_of(std::uint64_t cluster, std::int64_t revision) {
+  return "{\"header\":{\"cluster_id\":\"" + std::to_string(cluster) + "\",\"revision\":\"" +
+         std::to_string(revision) + "\"}}";
+}
+
+}  // namespace
+
+TEST_CASE("members: slow is not dead: what one of them answers in time is not thrown away") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379", "three:2379"};
+  setup.options.timeout = lenient(3s);
+  auto& client = setup.client();
+  for (const char* url : {"http://one:2379", "http://two:2379", "http://three:2379"}) {
+    setup.etcd->endpoint(url, late(1400ms, ok(reply(7))));
+  }
+  const auto range = client.range({"a"});
+  REQUIRE_MESSAGE(range, text_of(range));
+  CHECK(range->revision == 7);
+  std::set<std::string> reads;
+  for (const auto& seen : setup.etcd->seen(kRange)) reads.insert(seen.request.body);
+  CHECK(reads.count(R"({"key":"YQ=="})") == 1);
+  setup.etcd->clear();
+  const auto put = client.put("a", "b");  // it is slow, too, and sent once
+  CHECK(setup.etcd->count(kPut) <= 1);
+  if (put) CHECK(put->revision == 7);
+}
+
+TEST_CASE("members: a read that is late is asked for beside, and the first answer counts") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.options.timeout = 3s;
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", silence());
+  setup.etcd->endpoint("http://two:2379", ok(reply(8)));
+  const Stopwatch watch;
+  const auto range = client.range({"a"});
+  REQUIRE_MESSAGE(range, text_of(range));
+  CHECK(range->revision == 8);
+  CHECK(watch.elapsed() >= 900ms);  // not before it is late
+  CHECK(watch.elapsed() <= lenient(1500ms));
+  setup.etcd->clear();
+  CHECK(client.range({"a"}));  // who has answered stays in use
+  const auto seen = setup.etcd->endpoints();
+  CHECK(std::count(seen.begin(), seen.end(), "http://two:2379") >= 1);
+}
+
+TEST_CASE("members: a write is never sent twice, and ends when its member is found dead") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", silence());
+  const Stopwatch watch;
+  const auto put = client.put("a", "b", Context::with_timeout(lenient(8s)));
+  check_error(put, ErrorCode::Unavailable, Outcome::MaybeApplied);
+  INFO(text_of(put));
+  CHECK(setup.etcd->count(kPut) == 1);
+  CHECK(watch.elapsed() < lenient(4s));
+  CHECK(client.put("a", "b"));  // by the other one
+  CHECK(setup.etcd->seen(kPut).back().request.endpoint == "http://two:2379");
+}
+
+TEST_CASE("members: a write waits where its member answers something else") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  auto& client = setup.client();
+  setup.etcd->always(kPut, late(2600ms, ok(reply(9))));  // a slow disk: reads are quick
+  const auto put = client.put("a", "b", Context::with_timeout(lenient(8s)));
+  REQUIRE_MESSAGE(put, text_of(put));
+  CHECK(put->revision == 9);
+  CHECK(setup.etcd->count(kPut) == 1);
+}
+
+TEST_CASE("members: one that was silent proves itself before it is given a write") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  auto& client = setup.client();
+  CHECK(client.put("a", "b"));
+  CHECK(setup.etcd->count() == 1);  // it was heard of a moment ago
+  setup.etcd->endpoint("http://one:2379", silence());
+  std::this_thread::sleep_for(2100ms);
+  setup.etcd->clear();
+  const auto put = client.put("a", "b");
+  REQUIRE_MESSAGE(put, text_of(put));
+  const auto puts = setup.etcd->seen(kPut);
+  REQUIRE(puts.size() == 1);
+  CHECK(puts.front().request.endpoint == "http://two:2379");
+}
+
+TEST_CASE("members: an endpoint of another cluster is not believed, and named") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  std::string log;
+  std::mutex mutex;
+  setup.options.logger = [&](LogLevel, std::string_view, const LogFields& fields) {
+    std::lock_guard<std::mutex> hold(mutex);
+    for (const auto& [name, value] : fields) log += name + "=" + value + "\n";
+  };
+  setup.etcd->always(kRange, ok(reply_of(7, 1)));
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", refused());
+  setup.etcd->endpoint("http://two:2379", ok(reply_of(8, 99)));
+  for (int i = 0; i < 3; ++i) {
+    const auto range = client.range({"a"}, Context::with_timeout(200ms));
+    check_error(range, ErrorCode::Connection, Outcome::NotApplied);
+    CHECK(mentions(range.error(), "two:2379: it belongs to another cluster"));
+    CHECK(mentions(range.error(), "one:2379: the script says no"));
+    const auto put = client.put("a", "b", Context::with_timeout(200ms));
+    check_error(put, ErrorCode::Connection, Outcome::NotApplied);
+  }
+  for (const auto& seen : setup.etcd->seen(kPut)) {
+    CHECK(seen.request.endpoint == "http://one:2379");  // no write goes astray
+  }
+  // Nor its refusals, which do not say whose they are.
+  setup.etcd->endpoint("http://two:2379",
+                       [](const HttpRequest& request, const auto& sink, const auto& ctx) {
+                         const auto& body = request.body;
+                         auto knock = body.find("keys_only") != std::string::npos;
+                         return knock ? ok(reply_of(8, 99))(request, sink, ctx)
+                                      : etcd_error(400, 11,
+                                                   "etcdserver: mvcc: required revision "
+                                                   "has been compacted")(request, sink, ctx);
+                       });
+  check_error(client.range({"a"}, Context::with_timeout(200ms)), ErrorCode::Connection,
+              Outcome::NotApplied);
+  setup.etcd->endpoint("http://one:2379", nullptr);
+  CHECK(client.range({"a"}));
+  std::lock_guard<std::mutex> hold(mutex);
+  const auto first = log.find("another cluster");
+  REQUIRE(first != std::string::npos);
+  CHECK(log.find("another cluster", first + 1) == std::string::npos);
+}
+
+TEST_CASE("members: what needs a quorum says so, and how much time there is") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always("/v3/maintenance/status", ok(reply(6)));
+  client.put("a", "b", Context::with_timeout(1500ms)).value();
+  RangeRequest serializable{"a"};
+  serializable.serializable = true;
+  client.range({"a"}).value();
+  client.range(serializable).value();
+  client.status().value();
+  const auto seen = setup.etcd->seen();
+  REQUIRE(seen.size() == 4);
+  const char* leaders[] = {"true", "true", "", ""};
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(header(seen[i].request, "Grpc-Metadata-hasleader") == leaders[i]);
+    const auto time = header(seen[i].request, "Grpc-Timeout");
+    REQUIRE(time.size() > 1);
+    CHECK(time.back() == 'm');
+    const auto ms = std::stoi(time);
+    CHECK(ms <= (i == 0 ? 1500 : 5000));
+    CHECK(ms > (i == 0 ? 0 : 1500));
+  }
+}
+
 TEST_CASE("members: the same endpoint twice is one") {
   Setup setup;
   setup.options.endpoints = {"one:2379", "http://one:2379", "one:02379"};
@@ -772,6 +942,17 @@ TEST_CASE("time: a cancelled call returns within 100 ms, wherever it is") {
     CHECK(put.error().code == ErrorCode::Cancelled);
     CHECK(setup.etcd->count() == 1);
   }
+}
+
+TEST_CASE("time: a timeout says for what, and how long was waited") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always(kRange, silence());
+  const auto range = client.range({"some/key"}, Context::with_timeout(120ms));
+  check_error(range, ErrorCode::Timeout, Outcome::NotApplied);
+  INFO(text_of(range));
+  CHECK(range.error().message.find("the read of some/key was not done in 1") == 0);
+  CHECK(range.error().cause.find("one:2379: no answer in 1") == 0);
 }
 
 TEST_CASE("time: a Context that is over sends nothing") {

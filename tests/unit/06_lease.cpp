@@ -490,3 +490,42 @@ TEST_CASE("lease: close revokes them all") {
     CHECK_MESSAGE(again.error().code == ErrorCode::Cancelled, text_of(again));
   }
 }
+
+TEST_CASE("lease: a renewal that is answered late counts from when it was sent") {
+  // Each answer takes 2.5 s of a TTL of 6 s: an attempt stays open, and the next begins beside it.
+  const auto etcd = std::make_shared<MemoryEtcd>();
+  struct Slow : Transport {
+    std::shared_ptr<MemoryEtcd> etcd;
+    std::atomic<int> begun{0}, open{0}, most{0};
+    Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                                 const Context& ctx) override {
+      if (request.path != kKeepAlive) return etcd->perform(request, sink, ctx);
+      ++begun;
+      const int now = ++open;
+      if (now > most) most = now;
+      const auto end = std::chrono::steady_clock::now() + 2500ms;
+      while (!ctx.done() && std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(5ms);
+      }
+      --open;
+      if (!ctx.done()) return etcd->perform(request, sink, ctx);
+      return Error{ErrorCode::Timeout, "cut", "", Outcome::MaybeApplied, 0};
+    }
+  };
+  auto slow = std::make_shared<Slow>();
+  slow->etcd = etcd;
+  CoordinatorOptions options;
+  options.endpoints = {"a:1"};
+  options.transport = slow;
+  auto c = Coordinator::connect(options).value();
+  Notes notes;
+  auto lease = c.client().grant(6s).value();
+  lease.on_lost(notes.on_lost());
+  const Stopwatch watch;
+  CHECK(wait_until([&] { return slow->begun >= 6 || !lease.held(); }, 30s));
+  CHECK(watch.elapsed() > 8s);
+  CHECK(lease.held());
+  CHECK(notes.size() == 0);
+  CHECK(slow->most >= 2);
+  CHECK(slow->most <= 3);
+}
