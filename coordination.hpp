@@ -647,9 +647,9 @@ class EventSource {
 /// Events, one after the other: in order, each once, none left out, whatever happens to the
 /// connection. Move-only.
 ///
-/// All watches of a Coordinator share a few streams. At most `queue_size` events (more only if one
-/// revision has more) wait for a slow reader; then this watch rests, and goes on from where it
-/// stopped when they have been read.
+/// All watches of a Coordinator share a few streams. When `queue_size` events wait for a reader
+/// that sleeps (or more of them, a megabyte, for one that is slow) this watch rests after what has
+/// come in one piece, and goes on from where it stopped when they have been read.
 /// Threads: one reader at a time; cancel() from any thread.
 template <class Event>
 class Watch {
@@ -720,6 +720,7 @@ class SubscriptionState {
  public:
   virtual ~SubscriptionState() = default;
   virtual void cancel() = 0;
+  virtual void on_end(std::function<void(const Error&)> handler) = 0;
 };
 }  // namespace detail
 
@@ -734,6 +735,13 @@ class Subscription {
     return *this;
   }
   ~Subscription() { cancel(); }
+
+  /// Called once, after the last event, when the watch ends though nobody has cancelled it (also
+  /// when that was before on_end()): Compacted, of Client::watch only: etcd has discarded events
+  /// that it has not had; PermissionDenied. Threads: as the handler of the events.
+  void on_end(std::function<void(const Error&)> handler) {
+    if (state_) state_->on_end(std::move(handler));
+  }
 
   /// Blocks: until a handler that is running in another thread has returned.
   void cancel() {
@@ -1900,6 +1908,7 @@ class Timer {
 /// The threads of one Coordinator.
 inline constexpr std::size_t kCallbackThreads = 2;
 inline constexpr std::size_t kMaxStreams = 5;  // one of them only while others are merged into it
+inline constexpr std::size_t kUtmostStreams = 32;
 
 struct Executor : std::enable_shared_from_this<Executor> {
   Timer timer;
@@ -1908,7 +1917,8 @@ struct Executor : std::enable_shared_from_this<Executor> {
   std::shared_ptr<Lane> asides{std::make_shared<Lane>(3)};    // second attempts, and looks
   std::shared_ptr<Lane> logins{std::make_shared<Lane>(1)};
   std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // tasks that are soon over
-  std::shared_ptr<Lane> streams{std::make_shared<Lane>(kMaxStreams, false)};
+  std::shared_ptr<Lane> readers{std::make_shared<Lane>(2)};     // reading again what was missed
+  std::shared_ptr<Lane> streams{std::make_shared<Lane>(kUtmostStreams + 8, false)};
 
   /// Where the system has no thread to give, it tries again.
   void run(const std::shared_ptr<Lane>& lane, const Task& task) {
@@ -1923,7 +1933,8 @@ struct Executor : std::enable_shared_from_this<Executor> {
 
   void stop(SteadyTime limit) {
     timer.stop();
-    auto inner = {renewals.get(), asides.get(), logins.get(), background.get(), streams.get()};
+    auto inner = {renewals.get(),   asides.get(),  logins.get(),
+                  background.get(), readers.get(), streams.get()};
     for (Lane* lane : inner) lane->stop();
     callbacks->stop();
     timer.join(limit);
@@ -2594,6 +2605,7 @@ class Lines {
 };
 
 struct WatchLine {
+  std::uint64_t cluster{0};
   std::int64_t id{0};
   std::int64_t revision{0};
   std::int64_t compact_revision{0};
@@ -2614,6 +2626,7 @@ COORDINATION_API WatchEvent decode_event(const Json& json) {
 }
 
 COORDINATION_API void decode(const Json& json, WatchLine& to) {
+  to.cluster = cluster_id(json);
   to.id = number(json, "watch_id");
   to.revision = header_revision(json);
   to.compact_revision = number(json, "compact_revision");
@@ -4619,11 +4632,14 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   /// request's own, is cancelled.
   Result<HttpResponse> perform(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
 
+  /// Something on the way does not pass `Connection: close` on: see stream().
+  std::atomic<bool> pads_bodies{false};
+
   /// One streaming request to one member; the caller repeats it. Success: the stream ended well.
   Result<void> stream(const char* path, std::string body, const ChunkSink& sink, const Context& ctx,
                       StreamPlace* place = nullptr, bool close = true);
 
-  /// A cheap request to one member: does it serve?
+  /// A cheap request to one member: does it serve, as one of a quorum?
   bool probe(std::size_t member, milliseconds limit);
   /// An answer of this cluster came from this member. False: that is not ours; it is out.
   bool belongs(std::size_t member, std::uint64_t cluster);
@@ -4632,6 +4648,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   Verdict foreign(std::size_t member) const;
   /// A request to this member is late, or has failed: is it dead?
   void suspect(std::size_t member);
+  void suspect_streams(std::size_t member);  // of section 7
   /// When a request that ends with `ctx` is late.
   Timer::Id suspect_later(std::size_t member, const Context& ctx);
   /// Before a write for a member that was not heard of lately: who answers now is used.
@@ -5065,8 +5082,10 @@ COORDINATION_API Result<void> ClientState::stream(const char* path, std::string 
   Context context = join_contexts({&ctx, &life});
   Call call{path, {}, std::move(body), Safety::Read};
   auto http = request(member, call, token->token, {});
-  // Without it etcd's gateway throws away what it has not read when its first answer is sent.
+  // Without it etcd's gateway throws away what it has not read when its first answer is sent, but
+  // for a small body, which has been read by then, and one that is too large to be thrown away.
   if (close) http.headers.emplace_back("Connection", "close");
+  if (close && pads_bodies && http.body.size() > 512) http.body.append(260 * 1024, ' ');
   // A watch hears at least progress, every ten minutes.
   http.idle_timeout = std::chrono::minutes(25);
   if (place) {
@@ -5101,6 +5120,7 @@ COORDINATION_API Verdict ClientState::refused(StreamPlace& place, const wire::Et
 }
 
 COORDINATION_API void ClientState::member_failed(std::size_t member, const Error& error) {
+  suspect_streams(member);
   if (!members->failed(member)) return;
   (*log)(LogLevel::Warn, "a member has failed",
          {{"endpoint", members->url(member)}, {"cause", to_string(error)}});
@@ -5160,6 +5180,7 @@ COORDINATION_API Timer::Id ClientState::suspect_later(std::size_t member, const 
 }
 
 COORDINATION_API void ClientState::suspect(std::size_t member) {
+  suspect_streams(member);
   if (!members->begin_look(member)) return;
   executor->run(executor->asides, [weak = weak_from_this(), member] {
     if (auto self = weak.lock()) self->look_at(member);
@@ -6139,7 +6160,7 @@ namespace detail {
 class HubSink {
  public:
   virtual ~HubSink() = default;
-  /// All events of one revision. False: it took them and wants no more until resume().
+  /// All events of one revision. False: after this line it wants no more until resume().
   virtual bool deliver(std::vector<WatchEvent> events) = 0;
   /// Whether it wants more by now.
   virtual bool ready() = 0;
@@ -6149,8 +6170,8 @@ class HubSink {
   virtual void compacted(std::int64_t revision) = 0;
   /// The watch is over: the store is another one, whose revisions mean something else.
   virtual void history_lost(std::int64_t revision) { compacted(revision); }
-  /// Whether compacted() is the end of it for the user; else it reads again and goes on.
-  virtual bool ends_with_history() const { return false; }
+  /// Whether compacted() makes it read again and go on, so that it may be told in doubt, too.
+  virtual bool reads_again() const { return false; }
   /// The watch is over.
   virtual void failed(const Error& error) = 0;
 };
@@ -6167,12 +6188,14 @@ struct HubWatch {
   std::atomic<bool> anchored{false};  // next_revision is what etcd has said, not a wish
   // The hub's mutex guards these:
   State state{State::Waiting};
-  int streams{0};         // that carry it
-  bool overlap{false};    // see create_body
-  bool confirmed{false};  // etcd has answered its creation, once at least
-  bool logged_in_again{false};
-  SteadyTime heard{};          // when a stream that it has left was last heard of
+  int streams{0};              // that carry it
+  bool overlap{false};         // see create_body
+  bool confirmed{false};       // etcd has created it, once at least
+  bool stays{false};           // etcd has refused to create it again
+  int refusals{0};             // in a row
+  std::uint64_t born{0};       // after so many breaks
   std::int64_t born_below{0};  // it began before what others had seen: in a new history?
+  SteadyTime heard{};          // when a stream that it has left was last heard of
 };
 
 using HubWatchPtr = std::shared_ptr<HubWatch>;
@@ -6186,40 +6209,119 @@ struct HubStream {
   ClientState::StreamPlace place;
   std::unordered_map<std::int64_t, HubWatchPtr> watches;
   std::deque<HubWatchPtr> unconfirmed;  // etcd confirms, and refuses, in the order of asking
-  std::vector<std::shared_ptr<HubStream>> victims;  // end when all is confirmed
-  bool open{false};
-  bool over{false};
-  std::atomic<bool> suspect{false};  // it is silent and its member does not answer
-  bool reset{false};                 // etcd's history is shorter than ours
-  std::int64_t seen{0};              // of it, before the stream was asked for
-  bool rests{false};                 // all its watches have been silent since a compaction
-  std::size_t wasted{0};             // events for watches that have left
+  std::vector<std::shared_ptr<HubStream>> victims;  // that it swallows when it stands
+  bool swallowed{false};                            // it is one of them
+  bool answered{false}, open{false};                // the first, all are confirmed
+  std::atomic<bool> returns{
+      false};           // it carries watches that no other stream carried when it began
+  bool lost{false};     // its member does not answer: to be replaced, while it is suspect
+  std::size_t dead{0};  // watches that have left, and that etcd goes on to serve
+  int looks{0};         // see history_is_there
+  std::atomic<bool> over{false}, suspect{false};
   std::map<std::int64_t, std::vector<WatchEvent>> fragments;  // by watch; its own thread's
   const SteadyTime begun{clock->now()};
-  std::atomic<std::int64_t> heard_ns{0};
+  std::atomic<SteadyTime> heard{begun};
+  SteadyTime opened{};
 
-  SteadyTime heard() const { return SteadyTime(std::chrono::nanoseconds(heard_ns.load())); }
   void hear() {
-    auto now = clock->now().time_since_epoch();
-    heard_ns = std::chrono::nanoseconds(now).count();
+    heard = clock->now();
+    suspect = false;
   }
-  /// What it carries is little beside what comes for watches that have left.
-  bool is_wasteful() const { return open && !rests && wasted > 1000 + 4 * watches.size(); }
+  milliseconds silence() const {
+    return std::chrono::duration_cast<milliseconds>(clock->now() - heard.load());
+  }
 };
 
 using HubStreamPtr = std::shared_ptr<HubStream>;
 
-/// All watches of a Coordinator on a few streams.
+/// When a stream is opened, and which others it swallows. Sees numbers only.
 ///
 /// The JSON gateway reads a request only before it answers, so a stream can gain no watch later.
 /// New watches go into a new stream, together with those of all streams that are not much larger,
 /// as in a binary counter: sizes grow by a factor from stream to stream, there are at most
-/// kMaxStreams - 1 of them, and each watch is created again O(log N) times. A stream that was
-/// merged ends when the new one has confirmed all its watches; in between both may deliver, and
-/// each watch takes what continues it.
+/// kMaxStreams - 1 of them, and each watch is created again O(log N) times. A stream whose dead
+/// are as many as its living is swallowed, too.
+class StreamPolicy {
+ public:
+  enum class Kind {
+    Movable,
+    Busy,   // being confirmed, or being swallowed
+    Stuck,  // etcd would not create all its watches again: they stay, and it keeps no other out
+    Lost    // to be replaced
+  };
+  struct Stream {
+    std::size_t living{0}, dead{0};
+    Kind kind{Kind::Movable};
+  };
+  using Victims = std::vector<std::size_t>;
+
+  /// The victims of the next stream, if there is to be one, beside those that are ending.
+  static std::optional<Victims> next(const std::vector<Stream>& streams, std::size_t waiting,
+                                     std::size_t ending) {
+    std::size_t stuck = 0, total = waiting, size = waiting;
+    Victims victims, candidates;
+    for (std::size_t i = 0; i < streams.size(); ++i) {
+      auto& stream = streams[i];
+      total += stream.living;
+      if (stream.kind == Kind::Stuck) ++stuck;
+      bool wasteful = stream.dead > 0 && stream.dead >= stream.living;
+      if (stream.kind == Kind::Lost || (stream.kind == Kind::Movable && wasteful)) {
+        victims.push_back(i);
+        size += stream.living;
+      } else if (stream.kind == Kind::Movable) {
+        candidates.push_back(i);
+      }
+    }
+    auto steady = (std::max)(kMaxStreams - 1, stuck + 1);
+    auto fits = [&] { return streams.size() - victims.size() + 1 <= steady; };
+    if (streams.size() + ending >= (std::min)(steady + 1, kUtmostStreams)) return std::nullopt;
+    if (waiting == 0) candidates.clear();
+    std::sort(candidates.begin(), candidates.end(),
+              [&](auto a, auto b) { return streams[a].living < streams[b].living; });
+    // The factor grows where so many batches would need more streams than are allowed.
+    auto batches = static_cast<double>(total) / static_cast<double>(waiting + 1);
+    double factor = (std::max)(1.0, std::pow(batches, 1 / static_cast<double>(kMaxStreams - 1)));
+    for (auto i : candidates) {
+      auto living = streams[i].living;
+      if (fits() && static_cast<double>(living) > factor * static_cast<double>(size)) break;
+      size += living;
+      victims.push_back(i);
+    }
+    if (size == 0 || !fits()) return std::nullopt;
+    return victims;
+  }
+
+  /// Some at once; then, the more watches there are, the more a merge costs, and the longer new
+  /// ones are gathered, unless they have become many.
+  SteadyTime next_opening(SteadyTime now, std::size_t watches, std::size_t waiting) const {
+    if (opened_.size() < kBurst) return now;
+    auto gather = milliseconds(static_cast<std::int64_t>(watches / 8));
+    bool are_many = waiting * 3 >= watches;
+    auto when = are_many ? opened_.back() + kPace / 4 : opened_.front() + kPace + gather;
+    return (std::max)(now, when);
+  }
+  void opened(SteadyTime now) {
+    opened_.push_back(now);
+    if (opened_.size() > kBurst) opened_.pop_front();
+  }
+
+ private:
+  static constexpr std::size_t kBurst = 4;   // new streams at once, and then so many
+  static constexpr milliseconds kPace{200};  //   in this time
+
+  std::deque<SteadyTime> opened_;  // when the last kBurst streams were
+};
+
+/// All watches of a Coordinator on a few streams.
+///
+/// A stream that is swallowed by another ends when that one has confirmed all its watches, and
+/// etcd still has what they need; in between both may deliver, and each watch takes what continues
+/// it. Where one of them cannot move the stream stays as it is. So nothing but etcd, or its owner,
+/// ends a watch.
 class WatchHub : public std::enable_shared_from_this<WatchHub> {
  public:
-  explicit WatchHub(std::weak_ptr<ClientState> client) : client_(std::move(client)) {}
+  explicit WatchHub(const std::shared_ptr<ClientState>& client)
+      : client_(client), executor_(client->executor) {}
 
   std::int64_t add(WatchRequest request, std::int64_t next_revision, bool anchored,
                    std::weak_ptr<HubSink> sink);
@@ -6230,71 +6332,92 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   bool connected(std::int64_t id);
   /// When etcd was last heard of on a stream that carried this watch.
   SteadyTime last_heard(std::int64_t id);
+  /// This is in the store; by it the store is known again.
+  void remember(const KeyValue& kv);
+  /// A call to this member has failed, or is late.
+  void suspect(std::size_t member);
   /// When the clock has jumped.
   void wake() { look_after_streams(); }
   void close();
 
  private:
   using State = HubWatch::State;
-  static constexpr std::size_t kBurst = 4;     // new streams at once, and then so many
-  static constexpr milliseconds kPace{200};    //   in this time
   static constexpr milliseconds kLinger{150};  // etcd serves a watch that is behind every 100 ms
-  static constexpr milliseconds kSilence{5000};
-  static constexpr milliseconds kConfirmation{10000};  // for a stream; a ms more for each watch
+  static constexpr milliseconds kLookAgain{300};
+  static constexpr int kMostLooks = 7;
+  static constexpr milliseconds kStands{1000};         // a stream that lives so long has stood
+  static constexpr milliseconds kSilence{2500};        // then its member is asked,
+  static constexpr milliseconds kPatience{2300};       //   and left if it has not answered;
+  static constexpr milliseconds kProbe{6000};          //   but an answer that is late counts
+  static constexpr milliseconds kBetween{1000};        // two confirmations of a stream
+  static constexpr milliseconds kConfirmation{10000};  // the first one
+  static constexpr milliseconds kBudget{5000};         // for a read
   static constexpr std::size_t kFew = 100;             // watches that etcd creates in no time
-  static constexpr std::size_t kMostResting = 2;       // streams that rest
+  static constexpr int kMostRefusals = 6;
 
-  SteadyTime next_opening() const;
+  template <class Fn>
+  void later(milliseconds delay, Fn task);
   void schedule(SteadyTime when);
-  void open_next();
-  std::vector<HubStreamPtr> choose_victims();
-  HubStreamPtr make_stream(std::vector<HubStreamPtr> victims, std::shared_ptr<Clock> clock);
-  void run(const HubStreamPtr& stream);
-  std::string create_body(const HubStreamPtr& stream);
-  bool on_line(const HubStreamPtr& stream, std::string_view text, Error& end);
-  void on_created(const HubStreamPtr& stream, const wire::WatchLine& line);
-  void refused(const HubStreamPtr& stream, const HubWatchPtr& watch, const std::string& reason);
-  void on_confirmed(const HubStreamPtr& stream);
-  void on_canceled(const HubStreamPtr& stream, const wire::WatchLine& line);
-  bool stays_behind(const HubStreamPtr& stream, const HubWatchPtr& watch);
-  void take_over(const HubStreamPtr& stream);
-  static std::size_t leaving(const HubStream& stream) {
-    auto leaves = [](const HubStreamPtr& victim) { return !victim->rests && !victim->over; };
-    return static_cast<std::size_t>(
-        std::count_if(stream.victims.begin(), stream.victims.end(), leaves));
+  SteadyTime next_opening() const {
+    return policy_.next_opening(steady_clock::now(), watches_.size(), waiting_.size());
   }
+  void open_next(SteadyTime when);
+  StreamPolicy::Stream numbers(const HubStream& stream) const;
+  bool can_move(const HubWatch& watch) const {
+    return !watch.stays && watch.next_revision >= compacted_;
+  }
+  HubStreamPtr make_stream(const StreamPolicy::Victims& victims, std::shared_ptr<Clock> clock);
+  void run(ClientState& client, const HubStreamPtr& stream);
+  std::string create_body(const HubStreamPtr& stream);
+  bool on_line(ClientState& client, const HubStreamPtr& stream, std::string_view text, Error& end);
+  void on_created(ClientState& client, const HubStreamPtr& stream, const wire::WatchLine& line);
+  void refused(ClientState& client, const HubStreamPtr& stream, const HubWatchPtr& watch,
+               const std::string& reason);
+  static bool tries_again(HubWatch& watch, const Verdict& verdict, bool may_log_in);
+  void on_confirmed(const HubStreamPtr& stream);
+  void on_canceled(ClientState& client, const HubStreamPtr& stream, const wire::WatchLine& line);
+  void take_over_soon(const HubStreamPtr& stream);
+  void take_over(ClientState& client, const HubStreamPtr& stream);
+  bool history_is_known(ClientState& client, const HubStreamPtr& stream);
+  bool history_is_there(ClientState& client, const HubStreamPtr& stream);
+  void swallow(const HubStreamPtr& stream);
+  void begin_anew(std::int64_t revision, bool for_sure);
   void on_events(const HubStreamPtr& stream, wire::WatchLine& line);
-  void on_end(const HubStreamPtr& stream, const Error& error);
+  void on_end(ClientState& client, const HubStreamPtr& stream, const Error& error);
   void detach(const HubStreamPtr& stream);
-  bool leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch);
+  void leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch, bool served);
   void leave(const HubWatchPtr& watch, State state);
+  void wait_again(const HubWatchPtr& watch);
+  void cancel(const HubStreamPtr& stream);
   static std::vector<WatchEvent> whole_events(const HubStreamPtr& stream, wire::WatchLine& line);
   static bool pass_on(HubWatch& watch, HubSink& sink, std::vector<WatchEvent> events);
-  void waste(const HubStreamPtr& stream, const wire::WatchLine& line);
   HubWatchPtr find(const HubStreamPtr& stream, std::int64_t id);
   void end_watch(const HubWatchPtr& watch, const std::function<void(HubSink&)>& tell);
-  void supervise();
-  void look_after_streams();
-  std::map<std::size_t, std::vector<HubStreamPtr>> silent_streams();
-  void give_up_unconfirmed();
-  void check(std::size_t member, const std::vector<HubStreamPtr>& streams);
-  void check_history(const HubStreamPtr& stream);
-  void begin_anew(std::int64_t revision);
+  void supervise(milliseconds delay);
+  milliseconds look_after_streams();
+  void check_confirmations(ClientState& client, const HubStreamPtr& stream);
+  static Error unanswered();
+  void ask(std::size_t member);
+  void abandon(std::size_t member);
 
-  std::weak_ptr<ClientState> client_;
+  const std::weak_ptr<ClientState> client_;
+  const std::shared_ptr<Executor> executor_;
   std::mutex mutex_;
   std::condition_variable confirmed_;
   std::map<std::int64_t, HubWatchPtr> watches_;
   std::vector<HubWatchPtr> waiting_;
   std::vector<HubStreamPtr> streams_;
+  std::size_t ending_{0};  // streams that were left
   std::int64_t last_id_{0};
-  HubStreamPtr merging_;
+  StreamPolicy policy_;
   std::optional<SteadyTime> open_at_;
-  std::deque<SteadyTime> opened_;         // when the last kBurst streams were
-  std::set<std::size_t> checking_;        // members that are being asked whether they serve
-  std::atomic<std::int64_t> highest_{0};  // revision that etcd has told of
+  std::map<std::size_t, SteadyTime> asked_;       // members that are being asked whether they serve
+  std::atomic<std::int64_t> highest_{0};          // revision that etcd has told of
+  std::int64_t compacted_{0};                     // the history begins here, as far as we know
+  std::pair<std::string, std::int64_t> witness_;  // the last key that we know, and its revision
+  std::uint64_t breaks_{0};                       // of streams
+  int short_lives_{0};                            // of streams, one after the other
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
-  int denied_{0};  // streams that were refused, one after the other
   bool supervised_{false}, closed_{false};
 };
 
@@ -6307,26 +6430,14 @@ COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t n
   watch->anchored = anchored;
   if (anchored && next_revision - 1 < highest_) watch->born_below = highest_;
   if (anchored) raise_to(highest_, next_revision - 1);
-  SteadyTime when;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return 0;
-    watch->id = ++last_id_;
-    watches_.emplace(watch->id, watch);
-    waiting_.push_back(watch);
-    when = next_opening();
-  }
-  schedule(when);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return 0;
+  watch->id = ++last_id_;
+  watch->born = breaks_;
+  watches_.emplace(watch->id, watch);
+  wait_again(watch);
+  schedule(next_opening());
   return watch->id;
-}
-
-/// Under the mutex.
-COORDINATION_API SteadyTime WatchHub::next_opening() const {
-  auto now = steady_clock::now();
-  if (opened_.size() < kBurst) return now;
-  // The more there are, the more a merge costs: then they are gathered for longer.
-  auto gather = milliseconds(static_cast<std::int64_t>(watches_.size() / 20));
-  return (std::max)(now, opened_.front() + kPace + gather);
 }
 
 /// A moment for a new watch to stand: events that come before it does are served by etcd's timer
@@ -6339,10 +6450,10 @@ COORDINATION_API void WatchHub::settle(std::int64_t id, const Context& ctx) {
   std::unique_lock<std::mutex> lock(mutex_);
   auto stands = [&] {
     auto it = watches_.find(id);
-    return it == watches_.end() || it->second->confirmed || ctx.done();
+    bool waits = it != watches_.end() && !it->second->confirmed && it->second->refusals == 0;
+    return !waits || ctx.done();
   };
-  auto opens = next_opening();
-  if (opens > steady_clock::now() || watches_.size() > kFew) return;
+  if (next_opening() > steady_clock::now() || watches_.size() > kFew) return;
   confirmed_.wait_for(lock, milliseconds(50), stands);
 }
 
@@ -6353,13 +6464,10 @@ COORDINATION_API void WatchHub::remove(std::int64_t id) {
 }
 
 COORDINATION_API void WatchHub::resume(std::int64_t id) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto it = watches_.find(id);
-    if (it == watches_.end() || it->second->state != State::Parked) return;
-    it->second->state = State::Waiting;
-    waiting_.push_back(it->second);
-  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto it = watches_.find(id);
+  if (it == watches_.end() || it->second->state != State::Parked) return;
+  wait_again(it->second);
   schedule(steady_clock::now());
 }
 
@@ -6376,120 +6484,105 @@ COORDINATION_API SteadyTime WatchHub::last_heard(std::int64_t id) {
   if (it == watches_.end()) return {};
   auto last = it->second->heard;
   for (auto& stream : streams_) {
-    if (stream->watches.count(id) > 0) last = (std::max)(last, stream->heard());
+    bool counts = stream->answered && stream->watches.count(id) > 0;
+    if (counts) last = (std::max)(last, stream->heard.load());
   }
   return last;
 }
 
+COORDINATION_API void WatchHub::remember(const KeyValue& kv) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (kv.mod_revision > witness_.second) witness_ = {kv.key, kv.mod_revision};
+}
+
 COORDINATION_API void WatchHub::close() {
-  std::vector<HubWatchPtr> watches;
+  std::map<std::int64_t, HubWatchPtr> watches;
   std::vector<HubStreamPtr> streams;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
-    for (auto& entry : watches_) watches.push_back(entry.second);
-    watches_.clear();
+    watches.swap(watches_);
+    streams = streams_;
+    for (auto& entry : watches) entry.second->state = State::Over;
+    for (auto& stream : streams) detach(stream);
     waiting_.clear();
-    streams.swap(streams_);
-    for (auto& stream : streams) stream->over = true;
-    for (auto& watch : watches) watch->state = State::Over;
-    merging_.reset();
     confirmed_.notify_all();
   }
   for (auto& stream : streams) stream->ctx.cancel();
-  for (auto& watch : watches) {
-    if (auto sink = watch->sink.lock()) sink->failed(closed_error());
+  for (auto& entry : watches) {
+    if (auto sink = entry.second->sink.lock()) sink->failed(closed_error());
   }
 }
 
 // Opening streams.
 
+/// Does `task` on a stream thread, where it may block.
+template <class Fn>
+void WatchHub::later(milliseconds delay, Fn task) {
+  auto on_thread = [weak = weak_from_this(), task] {
+    auto self = weak.lock();
+    auto client = self ? self->client_.lock() : nullptr;
+    if (client) task(*self, *client);
+  };
+  executor_->run_at(steady_clock::now() + delay, executor_->streams, on_thread);
+}
+
+/// Under the mutex.
 COORDINATION_API void WatchHub::schedule(SteadyTime when) {
-  auto client = client_.lock();
-  if (!client) return;
-  std::lock_guard<std::mutex> lock(mutex_);
   if (closed_ || (open_at_ && *open_at_ <= when)) return;
   open_at_ = when;
-  client->executor->timer.at(when, [weak = weak_from_this()] {
-    if (auto self = weak.lock()) self->open_next();
+  executor_->timer.at(when, [weak = weak_from_this(), when] {
+    if (auto self = weak.lock()) self->open_next(when);
   });
 }
 
-COORDINATION_API void WatchHub::open_next() {
+COORDINATION_API void WatchHub::open_next(SteadyTime when) {
   auto client = client_.lock();
-  if (!client) return;
-  HubStreamPtr stream;
-  bool supervise_now = false;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    open_at_.reset();
-    if (closed_ || streams_.size() >= kMaxStreams) return;  // comes again when one has ended
-    auto steady = streams_.size() - (merging_ ? leaving(*merging_) : 0);
-    if (merging_ && steady + 1 > kMaxStreams - 1) return;
-    auto victims = merging_ ? std::vector<HubStreamPtr>() : choose_victims();
-    if (waiting_.empty() && victims.empty()) return;
-    // None can be merged before it is confirmed: then this is called again.
-    if (steady - victims.size() + 1 > kMaxStreams - 1) return;
-    stream = make_stream(std::move(victims), client->clock);
-    opened_.push_back(steady_clock::now());
-    if (opened_.size() > kBurst) opened_.pop_front();
-    supervise_now = !supervised_;
-    supervised_ = true;
-  }
-  if (supervise_now) supervise();
-  client->executor->run(client->executor->streams, [weak = weak_from_this(), stream] {
-    if (auto self = weak.lock()) self->run(stream);
-  });
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!client || closed_ || open_at_ != when) return;
+  open_at_.reset();
+  std::vector<StreamPolicy::Stream> all;
+  for (auto& stream : streams_) all.push_back(numbers(*stream));
+  auto victims = StreamPolicy::next(all, waiting_.size(), ending_);
+  if (!victims) return;  // comes again when a stream has ended
+  auto stream = make_stream(*victims, client->clock);
+  policy_.opened(steady_clock::now());
+  later(milliseconds(0), [stream](WatchHub& hub, ClientState& c) { hub.run(c, stream); });
+  later(kBetween, [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); });
+  if (!std::exchange(supervised_, true)) supervise(kSilence);
 }
 
-/// The streams that the next one swallows: every one that is less than `factor` times as large as
-/// what it would join. The factor is 2 until so many batches would need more streams than are
-/// allowed.
-COORDINATION_API std::vector<HubStreamPtr> WatchHub::choose_victims() {
-  std::vector<HubStreamPtr> candidates, victims;
-  for (auto& stream : streams_) {
-    if (stream->is_wasteful()) {
-      victims.push_back(stream);
-    } else if (stream->open && !stream->rests) {
-      candidates.push_back(stream);
-    }
+COORDINATION_API StreamPolicy::Stream WatchHub::numbers(const HubStream& stream) const {
+  using Kind = StreamPolicy::Kind;
+  auto moves = [this](const auto& entry) { return can_move(*entry.second); };
+  auto kind = Kind::Movable;
+  if (!stream.open || stream.swallowed) {
+    kind = Kind::Busy;
+  } else if (stream.lost && stream.suspect) {
+    kind = Kind::Lost;
+  } else if (!std::all_of(stream.watches.begin(), stream.watches.end(), moves)) {
+    kind = Kind::Stuck;
   }
-  if (waiting_.empty()) return victims;
-  std::sort(candidates.begin(), candidates.end(),
-            [](const auto& a, const auto& b) { return a->watches.size() < b->watches.size(); });
-  auto steady = static_cast<double>(kMaxStreams - 1);
-  auto size = static_cast<double>(waiting_.size());
-  auto batches = static_cast<double>(watches_.size()) / size;
-  double factor = (std::max)(2.0, std::pow(batches, 1 / steady));
-  for (auto& stream : candidates) {
-    bool must = streams_.size() - victims.size() + 1 > kMaxStreams - 1;
-    auto theirs = static_cast<double>(stream->watches.size());
-    if (!must && theirs >= factor * size) break;
-    size += theirs;
-    victims.push_back(stream);
-  }
-  return victims;
+  return {stream.watches.size(), stream.dead, kind};
 }
 
-COORDINATION_API HubStreamPtr WatchHub::make_stream(std::vector<HubStreamPtr> victims,
+COORDINATION_API HubStreamPtr WatchHub::make_stream(const StreamPolicy::Victims& victims,
                                                     std::shared_ptr<Clock> clock) {
   auto stream = std::make_shared<HubStream>(std::move(clock));
   auto join = [&](const HubWatchPtr& watch) {
     if (!stream->watches.emplace(watch->id, watch).second) return;
     stream->unconfirmed.push_back(watch);
     watch->overlap = watch->confirmed && watch->streams == 0;
+    if (watch->overlap) stream->returns = true;
     ++watch->streams;
     watch->state = State::Open;
   };
-  for (auto& watch : waiting_) {
-    if (watch->state == State::Waiting) join(watch);
+  for (auto& watch : std::exchange(waiting_, {})) join(watch);
+  for (auto i : victims) {
+    streams_[i]->swallowed = true;
+    for (auto& entry : streams_[i]->watches) join(entry.second);
+    stream->victims.push_back(streams_[i]);
   }
-  waiting_.clear();
-  for (auto& victim : victims) {
-    for (auto& entry : victim->watches) join(entry.second);
-  }
-  if (!victims.empty()) merging_ = stream;
-  stream->victims = std::move(victims);
   streams_.push_back(stream);
   return stream;
 }
@@ -6500,7 +6593,6 @@ COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
   std::vector<std::pair<HubWatchPtr, bool>> watches;  // and whether they overlap
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    stream->seen = highest_;
     for (auto& watch : stream->unconfirmed) watches.emplace_back(watch, watch->overlap);
   }
   std::string body;
@@ -6512,44 +6604,45 @@ COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
   return body;
 }
 
-COORDINATION_API void WatchHub::run(const HubStreamPtr& stream) {
-  auto client = client_.lock();
-  if (!client) return;
+COORDINATION_API void WatchHub::run(ClientState& client, const HubStreamPtr& stream) {
   auto end = make_error(ErrorCode::Unavailable, "the stream has ended");
   wire::Lines lines;
-  auto line = [&](std::string_view text) { return on_line(stream, text, end); };
+  auto line = [&](std::string_view text) { return on_line(client, stream, text, end); };
   auto sink = [&](std::string_view piece) {
     stream->hear();
-    stream->suspect = false;
     return lines.feed(piece, line);
   };
-  auto done = client->stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
+  auto done = client.stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
   if (!done) end = done.error();
   lines.finish(line);
-  on_end(stream, end);
+  bool in_vain = done && !stream->open && !stream->ctx.cancelled() && !stream->place.refused;
+  if (in_vain) client.member_failed(stream->place.member, end);
+  on_end(client, stream, end);
 }
 
 // Reading streams.
 
 /// False: the stream is of no more use.
-COORDINATION_API bool WatchHub::on_line(const HubStreamPtr& stream, std::string_view text,
-                                        Error& end) {
-  auto client = client_.lock();
-  if (!client) return false;
+COORDINATION_API bool WatchHub::on_line(ClientState& client, const HubStreamPtr& stream,
+                                        std::string_view text, Error& end) {
   auto decoded = wire::decode_line<wire::WatchLine>(text);
   if (auto* error = std::get_if<wire::EtcdError>(&decoded)) {
-    end = client->refused(stream->place, *error).error;
+    end = client.refused(stream->place, *error).error;
     return false;
   }
   auto* line = std::get_if<wire::WatchLine>(&decoded);
   if (!line) {
-    end = not_etcd(client->members->url(stream->place.member), text);
+    end = not_etcd(client.members->url(stream->place.member), text);
     return false;  // half a line, or no etcd
   }
+  if (line->created && !client.belongs(stream->place.member, line->cluster)) {
+    end = client.foreign(stream->place.member).error;
+    return false;
+  }
   if (line->created) {
-    on_created(stream, *line);
+    on_created(client, stream, *line);
   } else if (line->canceled) {
-    on_canceled(stream, *line);
+    on_canceled(client, stream, *line);
   } else {
     on_events(stream, *line);
   }
@@ -6557,7 +6650,7 @@ COORDINATION_API bool WatchHub::on_line(const HubStreamPtr& stream, std::string_
   return true;
 }
 
-COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
+COORDINATION_API void WatchHub::on_created(ClientState& client, const HubStreamPtr& stream,
                                            const wire::WatchLine& line) {
   HubWatchPtr watch;
   bool all = false;
@@ -6567,136 +6660,111 @@ COORDINATION_API void WatchHub::on_created(const HubStreamPtr& stream,
     watch = std::move(stream->unconfirmed.front());
     stream->unconfirmed.pop_front();
     all = stream->unconfirmed.empty();
-    stream->reset = stream->reset || (line.revision > 0 && line.revision < stream->seen);
+    stream->answered = true;
     if (line.revision >= watch->born_below) watch->born_below = 0;
-    if (!line.canceled) watch->logged_in_again = false;
-    watch->confirmed = true;
-    confirmed_.notify_all();
+    if (!line.canceled) {
+      watch->confirmed = true;
+      watch->stays = false;
+      watch->refusals = 0;
+      confirmed_.notify_all();
+    }
   }
-  if (line.canceled) refused(stream, watch, line.cancel_reason);
+  if (line.canceled) refused(client, stream, watch, line.cancel_reason);
   if (all) on_confirmed(stream);
 }
 
-COORDINATION_API void WatchHub::refused(const HubStreamPtr& stream, const HubWatchPtr& watch,
-                                        const std::string& reason) {
-  auto client = client_.lock();
-  if (!client) return;
-  auto verdict = judge_error({3, reason}, client->members->url(stream->place.member));
-  if (verdict.error.code == ErrorCode::Compacted) {
-    return end_watch(watch, [](HubSink& sink) { sink.compacted(0); });
-  }
-  bool login = verdict.next == Verdict::Next::Login && !client->options.username.empty();
-  if (login) client->token_died(stream->place.token);
-  auto when = steady_clock::now();
-  bool again = verdict.next == Verdict::Next::OtherMember || verdict.next == Verdict::Next::Wait;
+/// A watch that another stream carries stays there.
+COORDINATION_API void WatchHub::refused(ClientState& client, const HubStreamPtr& stream,
+                                        const HubWatchPtr& watch, const std::string& reason) {
+  auto verdict = judge_error({3, reason}, client.members->url(stream->place.member));
+  bool logs_in = !client.options.username.empty();
+  bool denied = verdict.error.code == ErrorCode::PermissionDenied;
+  if (denied && logs_in) client.token_died(stream->place.token);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (watch->state == State::Over) return;
-    if (again) when += backoff_.next();
-    again = again || (login && !watch->logged_in_again);
-    if (again) {
-      watch->logged_in_again = login;
-      bool leaves = leave_stream(stream, watch);
-      if (!leaves || watch->streams > 0) return;  // on another stream it stays
-      watch->state = State::Waiting;
-      waiting_.push_back(watch);
-    }
+    leave_stream(stream, watch, false);
+    bool again = tries_again(*watch, verdict, logs_in);
+    watch->stays = watch->streams > 0 && !again;
+    if (watch->streams > 0) return;
+    if (again) wait_again(watch);
+    if (again && !open_at_) schedule(steady_clock::now() + backoff_.next());
+    if (again) return;
   }
-  if (again) return schedule(when);
-  end_watch(watch, [&](HubSink& sink) { sink.failed(verdict.error); });
+  bool gone = verdict.error.code == ErrorCode::Compacted;
+  end_watch(watch, [&](HubSink& sink) { gone ? sink.compacted(0) : sink.failed(verdict.error); });
+}
+
+/// What was allowed before, and is not any more, may be the token's fault: some fresh ones must be
+/// refused as well.
+COORDINATION_API bool WatchHub::tries_again(HubWatch& watch, const Verdict& verdict,
+                                            bool may_log_in) {
+  using Next = Verdict::Next;
+  if (verdict.next == Next::OtherMember || verdict.next == Next::Wait) return true;
+  if (verdict.error.code != ErrorCode::PermissionDenied || !may_log_in) return false;
+  bool in_doubt = verdict.next == Next::Login || watch.confirmed;
+  return ++watch.refusals < kMostRefusals && in_doubt;
 }
 
 COORDINATION_API void WatchHub::on_confirmed(const HubStreamPtr& stream) {
-  auto client = client_.lock();
-  if (!client) return;
-  bool reset = false;
-  bool waits = false;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->over) return;
-    stream->open = true;
-    denied_ = 0;
-    backoff_.reset();
-    reset = stream->reset;
-    waits = !waiting_.empty();
-  }
-  if (reset) {
-    client->executor->run(client->executor->background, [weak = weak_from_this(), stream] {
-      if (auto self = weak.lock()) self->check_history(stream);
-    });
-  }
-  // Until then etcd may serve the new stream late.
-  client->executor->timer.after(kLinger, [weak = weak_from_this(), stream] {
-    auto self = weak.lock();
-    if (!self) return;
-    {
-      std::lock_guard<std::mutex> lock(self->mutex_);
-      if (!stream->over) self->take_over(stream);
-      stream->victims.clear();
-      if (self->merging_ == stream) self->merging_.reset();
-    }
-    self->schedule(steady_clock::now());
-  });
-  if (waits) schedule(steady_clock::now() + kLinger);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (stream->over || std::exchange(stream->open, true)) return;
+  stream->opened = steady_clock::now();
+  if (!waiting_.empty()) schedule(next_opening());
+  take_over_soon(stream);
 }
 
-COORDINATION_API void WatchHub::on_canceled(const HubStreamPtr& stream,
+COORDINATION_API void WatchHub::take_over_soon(const HubStreamPtr& stream) {
+  later(kLinger, [stream](WatchHub& hub, ClientState& c) { hub.take_over(c, stream); });
+}
+
+COORDINATION_API void WatchHub::on_canceled(ClientState& client, const HubStreamPtr& stream,
                                             const wire::WatchLine& line) {
   auto watch = find(stream, line.id);
   if (!watch) return;
-  if (line.compact_revision != 0) {
-    if (stays_behind(stream, watch)) return;
+  if (line.compact_revision == 0) return refused(client, stream, watch, line.cancel_reason);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    compacted_ = (std::max)(compacted_, line.compact_revision);
+    leave_stream(stream, watch, false);
+    if (watch->state != State::Open || watch->streams > 0) return;  // there it misses nothing
     if (watch->next_revision > line.compact_revision) {  // by now it needs nothing that is gone
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (watch->state == State::Over) return;
-        leave(watch, State::Waiting);
-        waiting_.push_back(watch);
-      }
-      return schedule(steady_clock::now());
+      wait_again(watch);
+      return schedule(next_opening());
     }
-    return end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
   }
-  refused(stream, watch, line.cancel_reason);
+  end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
 }
 
-/// A watch that has heard nothing for long may be too old for a new stream and yet miss nothing on
-/// the old one: there it stays until it has heard something.
-COORDINATION_API bool WatchHub::stays_behind(const HubStreamPtr& stream, const HubWatchPtr& watch) {
-  auto sink = watch->sink.lock();
-  if (!sink || !sink->ends_with_history()) return false;
+/// A stream that stands: the streams that it swallows end.
+COORDINATION_API void WatchHub::take_over(ClientState& client, const HubStreamPtr& stream) {
+  if (stream->over) return;
+  if (!history_is_known(client, stream) || !history_is_there(client, stream)) {
+    return take_over_soon(stream);
+  }
   std::lock_guard<std::mutex> lock(mutex_);
-  auto resting = std::count_if(streams_.begin(), streams_.end(),
-                               [](const HubStreamPtr& other) { return other->rests; });
-  for (auto& victim : stream->victims) {
-    if (victim->over || victim->watches.count(watch->id) == 0) continue;
-    if (!victim->rests && static_cast<std::size_t>(resting) >= kMostResting) return false;
-    victim->rests = true;
-    return leave_stream(stream, watch);
-  }
-  return false;
+  swallow(stream);
+  schedule(next_opening());
 }
 
-/// The streams that were merged into this one end, but for the watches that could not leave them.
-/// Under the mutex.
-COORDINATION_API void WatchHub::take_over(const HubStreamPtr& stream) {
-  for (auto& victim : stream->victims) {
-    if (victim->over) continue;
-    for (auto& entry : stream->watches) {
-      if (victim->watches.erase(entry.first) > 0) --entry.second->streams;
+/// Under the mutex. Each one wholly or not at all: one that must be kept for some of its watches
+/// keeps them all.
+COORDINATION_API void WatchHub::swallow(const HubStreamPtr& stream) {
+  for (auto& victim : std::exchange(stream->victims, {})) {
+    victim->swallowed = false;
+    auto moved = [&](const auto& entry) { return stream->watches.count(entry.first) > 0; };
+    bool whole = std::all_of(victim->watches.begin(), victim->watches.end(), moved);
+    if (whole || (victim->lost && victim->suspect)) {
+      detach(victim);
+    } else {
+      for (auto& entry : victim->watches) leave_stream(stream, entry.second, true);
     }
-    if (victim->watches.empty()) detach(victim);
-  }
-  for (auto& victim : stream->victims) {
-    victim->rests = !victim->over;
-    bool room = streams_.size() <= kMaxStreams - 1;  // one must be left to merge into
-    if (!room) detach(victim);
   }
 }
 
 COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
   auto watch = find(stream, line.id);
-  if (!watch) return waste(stream, line);
+  if (!watch) return static_cast<void>(stream->fragments.erase(line.id));  // it has left
   auto sink = watch->sink.lock();
   if (!sink) return;
   bool wants_more = true;
@@ -6707,7 +6775,9 @@ COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::Watc
       watch->anchored = true;
       sink->progress(line.revision);
     }
-    wants_more = pass_on(*watch, *sink, whole_events(stream, line));
+    auto events = whole_events(stream, line);
+    if (!events.empty() && events.back().type == EventType::Put) remember(events.back().kv);
+    wants_more = pass_on(*watch, *sink, std::move(events));
   }
   if (wants_more) return;
   {
@@ -6741,7 +6811,7 @@ COORDINATION_API std::vector<WatchEvent> WatchHub::whole_events(const HubStreamP
 COORDINATION_API bool WatchHub::pass_on(HubWatch& watch, HubSink& sink,
                                         std::vector<WatchEvent> events) {
   bool wants_more = true;
-  for (auto it = events.begin(); it != events.end() && wants_more;) {
+  for (auto it = events.begin(); it != events.end();) {
     auto revision = it->revision;
     auto last =
         std::find_if(it, events.end(), [&](const WatchEvent& e) { return e.revision != revision; });
@@ -6755,95 +6825,92 @@ COORDINATION_API bool WatchHub::pass_on(HubWatch& watch, HubSink& sink,
   return wants_more;
 }
 
-/// What comes for a watch that has left cannot be called off; when it is too much, the others move.
-COORDINATION_API void WatchHub::waste(const HubStreamPtr& stream, const wire::WatchLine& line) {
-  stream->fragments.erase(line.id);
-  SteadyTime when;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stream->wasted += line.events.size();
-    if (merging_ || !stream->is_wasteful()) return;
-    when = next_opening();
-  }
-  schedule(when);
-}
-
 COORDINATION_API HubWatchPtr WatchHub::find(const HubStreamPtr& stream, std::int64_t id) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto it = stream->watches.find(id);
-  if (it == stream->watches.end()) return nullptr;
-  stream->rests = false;
-  return it->second;
+  return it == stream->watches.end() ? nullptr : it->second;
 }
 
-COORDINATION_API void WatchHub::on_end(const HubStreamPtr& stream, const Error& error) {
-  auto client = client_.lock();
-  if (!client) return;
-  auto when = steady_clock::now();
+// Ends.
+
+COORDINATION_API void WatchHub::on_end(ClientState& client, const HubStreamPtr& stream,
+                                       const Error& error) {
   std::vector<HubWatchPtr> denied;
+  bool ours = stream->ctx.cancelled(), first = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return;
-    denied_ = error.code == ErrorCode::PermissionDenied ? denied_ + 1 : 0;
-    if (denied_ > 1) {  // not a dead token, which the next stream would have replaced
-      for (auto& entry : stream->watches) {
-        if (entry.second->streams <= 1) denied.push_back(entry.second);
-      }
+    bool was_left = stream->over;
+    auto carried = stream->watches;
+    detach(stream);
+    --ending_;
+    if (was_left) return schedule(next_opening());
+    if (stream->open) ++breaks_;
+    for (auto& other : streams_) {  // which may have taken its watches over to another history
+      other->returns = true;
+      if (other->open) take_over_soon(other);
     }
-    if (!stream->over) {
-      when += backoff_.next();
-      detach(stream);
-    } else {
-      when = next_opening();
-      if (waiting_.empty()) return;
+    bool stood = stream->open && steady_clock::now() - stream->opened >= kStands;
+    if (stood) backoff_.reset();
+    short_lives_ = stood ? 1 : short_lives_ + 1;
+    first = short_lives_ == 1;
+    for (auto& [id, watch] : carried) {
+      if (error.code != ErrorCode::PermissionDenied || watch->streams > 0) continue;
+      if (++watch->refusals >= kMostRefusals) denied.push_back(watch);
     }
+    schedule(steady_clock::now() + backoff_.next());
   }
-  if (!stream->ctx.cancelled()) {
-    (*client->log)(
-        LogLevel::Info, "a watch stream has ended",
-        {{"endpoint", client->members->url(stream->place.member)}, {"cause", to_string(error)}});
-    client->leases->hurry();  // if it was etcd that went away, the leases may have gone, too
-  }
+  if (error.code == ErrorCode::PermissionDenied) client.token_died(stream->place.token);
   for (auto& watch : denied) end_watch(watch, [&](HubSink& sink) { sink.failed(error); });
-  schedule(when);
+  if (ours) return;
+  (*client.log)(
+      LogLevel::Info, "a watch stream has ended",
+      {{"endpoint", client.members->url(stream->place.member)}, {"cause", to_string(error)}});
+  if (first) client.leases->hurry();  // if it was etcd that went away, they may have gone, too
 }
 
 /// Takes the stream out; watches that no other carries wait for the next. Under the mutex.
 COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
-  if (stream->over) return;
-  stream->over = true;
-  for (auto& entry : stream->watches) {
-    auto& watch = entry.second;
-    watch->heard = (std::max)(watch->heard, stream->heard());
-    if (--watch->streams > 0 || watch->state != State::Open) continue;
-    watch->state = State::Waiting;
-    waiting_.push_back(watch);
-  }
-  stream->watches.clear();
+  if (stream->over.exchange(true)) return;
+  ++ending_;
   streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
-  if (merging_ == stream) merging_.reset();
-  stream->victims.clear();
-  auto client = client_.lock();
-  if (client) client->executor->timer.after(milliseconds(0), [ctx = stream->ctx] { ctx.cancel(); });
+  for (auto& victim : std::exchange(stream->victims, {})) victim->swallowed = false;
+  for (auto& entry : std::exchange(stream->watches, {})) {
+    auto& watch = entry.second;
+    watch->heard = (std::max)(watch->heard, stream->heard.load());
+    if (--watch->streams == 0 && watch->state == State::Open) wait_again(watch);
+  }
+  cancel(stream);
 }
 
-/// The watch leaves a stream, which ends when it has none left; false: it had left before. Under
-/// the mutex.
-COORDINATION_API bool WatchHub::leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch) {
-  if (stream->watches.erase(watch->id) == 0) return false;
+/// Under the mutex, which whoever hears of it may need.
+COORDINATION_API void WatchHub::cancel(const HubStreamPtr& stream) {
+  executor_->timer.after(milliseconds(0), [ctx = stream->ctx] { ctx.cancel(); });
+}
+
+/// The watch leaves a stream, which ends when it has none left. Under the mutex.
+COORDINATION_API void WatchHub::leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch,
+                                             bool served) {
+  if (stream->watches.erase(watch->id) == 0) return;
   --watch->streams;
-  watch->heard = (std::max)(watch->heard, stream->heard());
-  if (stream->watches.empty()) detach(stream);
-  return true;
+  watch->heard = (std::max)(watch->heard, stream->heard.load());
+  if (served) ++stream->dead;
+  if (stream->watches.empty()) return detach(stream);
+  if (stream->open && stream->dead >= stream->watches.size()) schedule(next_opening());
 }
 
 /// The watch leaves all streams. Under the mutex.
 COORDINATION_API void WatchHub::leave(const HubWatchPtr& watch, State state) {
   watch->state = state;
   auto streams = streams_;
-  for (auto& stream : streams) leave_stream(stream, watch);
+  for (auto& stream : streams) leave_stream(stream, watch, true);
   waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), watch), waiting_.end());
   if (state == State::Over) watches_.erase(watch->id);
+}
+
+/// Under the mutex.
+COORDINATION_API void WatchHub::wait_again(const HubWatchPtr& watch) {
+  watch->state = State::Waiting;
+  waiting_.push_back(watch);
 }
 
 COORDINATION_API void WatchHub::end_watch(const HubWatchPtr& watch,
@@ -6856,131 +6923,187 @@ COORDINATION_API void WatchHub::end_watch(const HubWatchPtr& watch,
   if (auto sink = watch->sink.lock()) tell(*sink);
 }
 
-// Looking after streams.
+// The history.
 
-COORDINATION_API void WatchHub::supervise() {
-  auto client = client_.lock();
-  if (!client) return;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return;
-  }
-  look_after_streams();
-  client->executor->timer.after(kSilence / 2, [weak = weak_from_this()] {
-    if (auto self = weak.lock()) self->supervise();
-  });
-}
-
-COORDINATION_API void WatchHub::look_after_streams() {
-  auto client = client_.lock();
-  if (!client) return;
-  give_up_unconfirmed();
-  for (auto& entry : silent_streams()) {
-    auto check = [weak = weak_from_this(), member = entry.first, streams = entry.second] {
-      if (auto self = weak.lock()) self->check(member, streams);
-    };
-    client->executor->run(client->executor->background, check);
-  }
-}
-
-/// What a stream should have answered long ago may be held back by something in between.
-COORDINATION_API void WatchHub::give_up_unconfirmed() {
-  auto client = client_.lock();
-  if (!client) return;
-  std::vector<HubStreamPtr> late;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& stream : streams_) {
-      auto limit = kConfirmation + milliseconds(stream->watches.size());
-      bool is_late = client->clock->now() - stream->begun > limit;
-      if (!stream->open && is_late) late.push_back(stream);
-    }
-  }
-  for (auto& stream : late) {
-    client->member_failed(stream->place.member,
-                          make_error(ErrorCode::Unavailable, "it does not confirm watches"));
-    stream->ctx.cancel();
-  }
-}
-
-/// By member, where that is not being asked already.
-COORDINATION_API std::map<std::size_t, std::vector<HubStreamPtr>> WatchHub::silent_streams() {
-  std::map<std::size_t, std::vector<HubStreamPtr>> silent;
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& stream : streams_) {
-    auto heard = (std::max)(stream->heard(), stream->begun);
-    bool is_silent = stream->clock->now() - heard >= kSilence;
-    auto member = stream->place.member.load();
-    if (is_silent && checking_.count(member) == 0) silent[member].push_back(stream);
-  }
-  for (auto& entry : silent) checking_.insert(entry.first);
-  return silent;
-}
-
-/// A stream may be silent because nothing happens or because its member is frozen or cut off: then
-/// a request to the same member tells.
-COORDINATION_API void WatchHub::check(std::size_t member,
-                                      const std::vector<HubStreamPtr>& streams) {
-  auto client = client_.lock();
-  if (!client) return;
-  bool serves = client->probe(member, milliseconds(1000));
-  std::vector<HubStreamPtr> given_up;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    checking_.erase(member);
-    for (auto& stream : streams) {
-      if (stream->over) continue;
-      if (!serves && stream->suspect) given_up.push_back(stream);
-      stream->suspect = !serves;
-      if (serves) stream->hear();
-    }
-  }
-  for (auto& stream : given_up) stream->ctx.cancel();
-}
-
-/// etcd has said a revision that is older than what we have seen: a member that is behind, or a
-/// store that was wiped or restored. A linearizable read tells; in the second case all watches
-/// that follow the old history begin anew.
-COORDINATION_API void WatchHub::check_history(const HubStreamPtr& stream) {
-  auto client = client_.lock();
-  if (!client) return;
+/// When etcd was away it may have come back as another one: wiped, or restored. Whether a key that
+/// we know still has its revision tells. False: it could not be asked.
+COORDINATION_API bool WatchHub::history_is_known(ClientState& client, const HubStreamPtr& stream) {
+  if (!stream->returns) return true;
   auto seen = highest_.load();
   RangeRequest range;
+  std::int64_t revision = 0;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->over || stream->watches.empty()) return;
+    if (stream->watches.empty()) return true;
     auto& request = stream->watches.begin()->second->request;
-    range.key = request.key;
-    range.range_end = request.range_end;
+    revision = witness_.second;
+    range.key = revision > 0 ? witness_.first : request.key;
+    if (revision == 0) range.range_end = request.range_end;
   }
   range.limit = 1;
   range.keys_only = true;
-  auto now = client->read(range, Context::with_timeout(milliseconds(1000)));
-  if (!now) {
-    auto& executor = *client->executor;
-    auto again = [weak = weak_from_this(), stream] {
-      if (auto self = weak.lock()) self->check_history(stream);
-    };
-    return executor.run_at(steady_clock::now() + milliseconds(500), executor.background, again);
+  auto now = client.read(range, Context::with_timeout(kBudget));
+  auto then = now;
+  auto has_it = [&] { return !then->kvs.empty() && then->kvs[0].mod_revision == revision; };
+  bool shorter = now && now->revision < seen;
+  if (now && !shorter && revision > 0 && !has_it()) {  // it has changed since, or never was
+    range.revision = revision;
+    then = client.read(range, Context::with_timeout(kBudget));
   }
-  bool is_another = now->revision < seen && highest_.compare_exchange_strong(seen, now->revision);
-  if (is_another) begin_anew(now->revision);
+  if (!then && is_out_of_reach(then.error())) return false;
+  stream->returns = false;
+  if (shorter && !highest_.compare_exchange_strong(seen, now->revision)) return true;
+  bool another = shorter || (then && revision > 0 && !has_it());
+  bool same = !shorter && then && revision > 0 && has_it();
+  if (!same) begin_anew(now ? now->revision : seen, another);
+  return true;
 }
 
-/// All watches that follow the old history, of which the new one is at `revision`.
-COORDINATION_API void WatchHub::begin_anew(std::int64_t revision) {
+/// All watches that follow the old history, of which the new one is at `revision`; in doubt those
+/// only that can read again.
+COORDINATION_API void WatchHub::begin_anew(std::int64_t revision, bool for_sure) {
   std::vector<HubWatchPtr> watches;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (for_sure) witness_ = {}, compacted_ = 0;
     for (auto& entry : watches_) {
-      auto& watch = entry.second;
-      bool is_new = watch->born_below > 0 && watch->next_revision <= revision + 1;
-      if (watch->anchored && !is_new) watches.push_back(watch);
+      auto& watch = *entry.second;
+      auto sink = watch.sink.lock();
+      bool concerned = sink && watch.anchored && (for_sure || sink->reads_again());
+      bool is_old =
+          (watch.born < breaks_ && watch.born_below == 0) || watch.next_revision > revision + 1;
+      if (concerned && is_old) watches.push_back(entry.second);
     }
   }
   for (auto& watch : watches) {
-    end_watch(watch, [revision](HubSink& sink) { sink.history_lost(revision); });
+    end_watch(watch, [&](HubSink& sink) {
+      for_sure ? sink.history_lost(revision) : sink.compacted(revision);
+    });
   }
+}
+
+/// Whether etcd still has what the watches need that this stream takes from others; else it is
+/// about to cancel them. False: not known yet.
+COORDINATION_API bool WatchHub::history_is_there(ClientState& client, const HubStreamPtr& stream) {
+  RangeRequest range;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    range.revision = highest_ + 1;
+    for (auto& entry : stream->watches) {
+      auto& watch = *entry.second;
+      if (watch.streams < 2 || !can_move(watch) || watch.next_revision >= range.revision) continue;
+      range.revision = watch.next_revision;
+      range.key = watch.request.key;
+    }
+  }
+  if (range.revision > highest_ || ++stream->looks > kMostLooks) return true;
+  range.limit = 1;
+  range.keys_only = true;
+  auto there = client.read(range, Context::with_timeout(kBudget));
+  return there || (there.error().code != ErrorCode::Compacted && !is_out_of_reach(there.error()));
+}
+
+// Looking after streams.
+
+COORDINATION_API void WatchHub::supervise(milliseconds delay) {
+  executor_->timer.after(delay, [weak = weak_from_this()] {
+    if (auto self = weak.lock()) self->supervise(self->look_after_streams());
+  });
+}
+
+/// A stream may be silent because nothing happens, or because its member is frozen or cut off: the
+/// member is asked. Says when to look again.
+COORDINATION_API milliseconds WatchHub::look_after_streams() {
+  auto next = kSilence;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& stream : streams_) {
+    auto silence = stream->silence();
+    if (silence >= kSilence) {
+      ask(stream->place.member);
+    } else {
+      next = (std::min)(next, kSilence - silence);
+    }
+  }
+  return (std::max)(next, milliseconds(100));
+}
+
+/// What a stream should have answered long ago may be held back by something in between; or it has
+/// not passed all of the request on to etcd, or etcd has thrown a part of it away.
+COORDINATION_API void WatchHub::check_confirmations(ClientState& client,
+                                                    const HubStreamPtr& stream) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stream->over || stream->open) return;
+    bool stopped = stream->answered && stream->silence() >= kBetween;
+    if (!stopped && stream->clock->now() - stream->begun <= kConfirmation) {
+      auto again = [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); };
+      return later(kLookAgain, again);
+    }
+    for (auto& watch : std::exchange(stream->unconfirmed, {})) {
+      if (stream->watches.count(watch->id) == 0) continue;
+      leave_stream(stream, watch, true);
+      if (watch->streams == 0 && watch->state == State::Open) wait_again(watch);
+    }
+    schedule(steady_clock::now() + backoff_.next());
+  }
+  if (stream->answered) client.pads_bodies = true;
+  if (stream->answered) return on_confirmed(stream);
+  auto error = make_error(ErrorCode::Unavailable, "it does not confirm watches");
+  client.member_failed(stream->place.member, error);
+}
+
+COORDINATION_API void WatchHub::suspect(std::size_t member) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  bool is_new = false;
+  for (auto& stream : streams_) {
+    if (stream->place.member == member && !stream->suspect.exchange(true)) is_new = true;
+  }
+  if (is_new) ask(member);
+}
+
+COORDINATION_API Error WatchHub::unanswered() {
+  return make_error(ErrorCode::Unavailable, "it does not answer");
+}
+
+/// Whether it serves, by one read at a time. Under the mutex.
+COORDINATION_API void WatchHub::ask(std::size_t member) {
+  auto now = steady_clock::now();
+  if (!asked_.emplace(member, now).second) return;
+  later(milliseconds(0), [member](WatchHub& hub, ClientState& client) {
+    bool serves = client.probe(member, kProbe);
+    if (!serves) client.member_failed(member, unanswered());
+    std::lock_guard<std::mutex> lock(hub.mutex_);
+    hub.asked_.erase(member);
+    if (!serves) return hub.abandon(member);
+    for (auto& stream : hub.streams_) {
+      if (stream->place.member == member) stream->hear();
+    }
+  });
+  later(kPatience, [member, now](WatchHub& hub, ClientState& client) {
+    std::unique_lock<std::mutex> lock(hub.mutex_);
+    auto it = hub.asked_.find(member);
+    if (it == hub.asked_.end() || it->second != now) return;
+    lock.unlock();
+    client.member_failed(member, unanswered());
+    lock.lock();
+    hub.abandon(member);
+  });
+}
+
+/// The watches of its streams, but of those that were heard of meanwhile, move to another member.
+/// Under the mutex.
+COORDINATION_API void WatchHub::abandon(std::size_t member) {
+  for (auto& stream : streams_) {
+    bool well = !stream->suspect && stream->silence() < kSilence;
+    if (stream->place.member != member || well) continue;
+    stream->suspect = stream->lost = true;
+    if (!stream->open) cancel(stream);
+  }
+  schedule(steady_clock::now());
+}
+
+COORDINATION_API void ClientState::suspect_streams(std::size_t member) {
+  if (watches) watches->suspect(member);
 }
 
 // What stands on the hub.
@@ -7040,7 +7163,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     bool more = true;
     for (auto& event : events) {
       if (mode_ != Mode::Raw && !learn(event)) continue;
-      more = port->push(std::move(event)) && more;
+      more = port->push(std::move(event));
     }
     port->moved(revision_);
     return more;
@@ -7055,15 +7178,19 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     revision_ = (std::max)(revision_, revision);
     if (port) port->moved(revision_);
   }
-  void compacted(std::int64_t revision) override { on_compacted(revision); }
-  bool ends_with_history() const override { return mode_ == Mode::Raw; }
+  void compacted(std::int64_t revision) override {
+    begin_anew(revision,
+               "etcd has discarded the history up to revision " + std::to_string(revision));
+  }
+  bool reads_again() const override { return mode_ != Mode::Raw; }
   void history_lost(std::int64_t revision) override {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       all_anew_ = true;
     }
     if (auto port = port_.lock()) port->moved(0);
-    on_compacted(revision);
+    begin_anew(revision,
+               "etcd's store is another one, now at revision " + std::to_string(revision));
   }
   void failed(const Error& error) override {
     heard_at_ = client_->clock->now();
@@ -7076,13 +7203,15 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     std::int64_t revision{0};
   };
 
+  static constexpr milliseconds kLongestResync = std::chrono::minutes(10);
+
   std::int64_t hub_id() const { return hub_id_; }
   Result<Snapshot> read(const Context& ctx) const;
   void join_hub(std::int64_t next_revision);
   bool learn(WatchEvent& event);
   void sort_by_age(std::vector<WatchEvent>& events) const;
   void keep(const KeyValue& kv);
-  void on_compacted(std::int64_t revision);
+  void begin_anew(std::int64_t revision, std::string why);
   void resync_later(milliseconds delay);
   void resync();
   void apply(Snapshot snapshot);
@@ -7097,7 +7226,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   mutable std::mutex mutex_;
   Known known_;
   std::int64_t revision_{0};
-  milliseconds resync_limit_{1000};  // grows, for a range that is too large for it
+  milliseconds resync_limit_{5000};  // grows, for a range that is too large for it
   bool all_anew_{false};             // an equal revision does not mean that nothing has changed
   Backoff backoff_{milliseconds(100), milliseconds(2000)};
 };
@@ -7134,6 +7263,7 @@ COORDINATION_API Result<RangeFeed::Snapshot> RangeFeed::read(const Context& ctx)
   range.range_end = request_.range_end;
   auto all = read_range(*client_, range, ctx);
   if (!all) return all.error();
+  for (auto& kv : all->first) client_->watches->remember(kv);
   return Snapshot{std::move(all->first), all->second};
 }
 
@@ -7186,6 +7316,7 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
     range.keys_only = true;
     auto now = client_->read(range, ctx);
     if (!now) return now.error();
+    if (!now->kvs.empty()) client_->watches->remember(now->kvs.front());
     next = now->revision + 1;
   }
   join_hub(next);
@@ -7228,12 +7359,11 @@ COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
   return true;
 }
 
-COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
+COORDINATION_API void RangeFeed::begin_anew(std::int64_t revision, std::string why) {
   heard_at_ = client_->clock->now();
   if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
-  auto error =
-      make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
-                 "etcd has discarded the history up to revision " + std::to_string(revision));
+  auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
+                          std::move(why));
   error.revision = revision + 1;
   failed(error);
 }
@@ -7241,7 +7371,7 @@ COORDINATION_API void RangeFeed::on_compacted(std::int64_t revision) {
 COORDINATION_API void RangeFeed::resync_later(milliseconds delay) {
   if (stopped_) return;
   auto& executor = *client_->executor;
-  executor.run_at(steady_clock::now() + delay, executor.background, [weak = weak_from_this()] {
+  executor.run_at(steady_clock::now() + delay, executor.readers, [weak = weak_from_this()] {
     if (auto self = weak.lock()) self->resync();
   });
 }
@@ -7251,7 +7381,6 @@ COORDINATION_API void RangeFeed::resync() {
   auto snapshot = read(Context::with_timeout(resync_limit_));
   if (snapshot) {
     backoff_.reset();
-    resync_limit_ = milliseconds(1000);
     auto revision = snapshot->revision;
     apply(std::move(*snapshot));
     return join_hub(revision + 1);
@@ -7259,8 +7388,7 @@ COORDINATION_API void RangeFeed::resync() {
   if (snapshot.error().code == ErrorCode::PermissionDenied) return failed(snapshot.error());
   (*client_->log)(LogLevel::Warn, "cannot read again after a compaction",
                   {{"key", request_.key}, {"cause", to_string(snapshot.error())}});
-  auto most = (std::max)(client_->options.timeout, resync_limit_);
-  resync_limit_ = (std::min)(resync_limit_ * 2, most);
+  resync_limit_ = (std::min)(resync_limit_ * 2, kLongestResync);
   resync_later(backoff_.next());
 }
 
@@ -7309,7 +7437,8 @@ COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
   port->moved(revision_);
 }
 
-/// A bounded queue of events, read by next() or by a handler.
+/// A bounded queue of events, read by next() or by a handler. While it is read, more than its
+/// capacity may wait for a moment: a full queue costs a new stream.
 class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
  public:
   using Handler = std::function<void(WatchEvent)>;
@@ -7321,7 +7450,11 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   void set_handler(Handler handler) {
     auto& client = *feed_->client();
     strand_ = std::make_shared<Strand>(client.executor->callbacks, client.log);
+    ended_.emplace(strand_);
     handler_ = std::move(handler);
+  }
+  void on_end(std::function<void(const Error&)> handler) {
+    if (ended_) ended_->set_handler(std::move(handler));
   }
 
   Result<void> start(bool include_existing, const Context& ctx) {
@@ -7331,10 +7464,13 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   bool push(WatchEvent event) override {
     std::lock_guard<std::mutex> lock(gate_.mutex);
     if (end_) return false;
+    bytes_ += size_of(event);
+    if (events_.empty() && (strand_ || readers_ > 0)) taken_at_ = steady_clock::now();
     events_.push_back(std::move(event));
     gate_.changed.notify_one();
     if (strand_) strand_->post([self = shared_from_this()] { self->handle_one(); });
-    if (events_.size() >= capacity_) full_ = true;
+    bool is_read = steady_clock::now() - taken_at_ < kAwake && bytes_ < kSpare;
+    if (events_.size() >= capacity_ && !is_read) full_ = true;
     return !full_;
   }
 
@@ -7350,6 +7486,7 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
     gate_.changed.notify_all();
     if (!strand_ || error.code == ErrorCode::Cancelled) return;
     (*feed_->client()->log)(LogLevel::Error, "a watch has ended", {{"cause", to_string(error)}});
+    ended_->fire(error);
   }
 
   Result<WatchEvent> next(const Context& ctx) {
@@ -7357,7 +7494,9 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
     if (event) return std::move(*event);
     auto& open = feed_->client()->open;
     auto both = join_contexts({&ctx, &open});
+    ++readers_;
     bool ready = gate_.wait(both, [&] { return !events_.empty() || end_; });
+    --readers_;
     event = take();
     if (event) return std::move(*event);
     if (!ready) return open.cancelled() ? closed_error() : context_error(ctx, "there was no event");
@@ -7370,6 +7509,7 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
       std::lock_guard<std::mutex> lock(gate_.mutex);
       end_ = make_error(ErrorCode::Cancelled, "the watch was cancelled");
       events_.clear();
+      bytes_ = 0;
       gate_.changed.notify_all();
     }
     feed_->stop();
@@ -7377,14 +7517,24 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   }
 
  private:
+  static constexpr milliseconds kAwake{100};
+  static constexpr std::size_t kSpare = 1 << 20;
+
+  static std::size_t size_of(const WatchEvent& event) {
+    return 256 + event.kv.key.size() + event.kv.value.size() +
+           (event.prev_kv ? event.prev_kv->value.size() : 0);
+  }
+
   std::optional<WatchEvent> take() {
     std::optional<WatchEvent> event;
     bool resume = false;
     {
       std::lock_guard<std::mutex> lock(gate_.mutex);
+      taken_at_ = steady_clock::now();
       if (events_.empty()) return event;
       event = std::move(events_.front());
       events_.pop_front();
+      bytes_ -= size_of(*event);
       resume = full_ && events_.size() <= capacity_ / 2;
       if (resume) full_ = false;
     }
@@ -7401,9 +7551,13 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   const std::size_t capacity_;
   Gate gate_;
   std::list<WatchEvent> events_;
+  std::size_t bytes_{0};
+  std::atomic<int> readers_{0};  // that wait
+  SteadyTime taken_at_{};
   std::optional<Error> end_;
   bool full_{false};
   std::shared_ptr<Strand> strand_;
+  std::optional<LossSignal> ended_;
   Handler handler_;
 };
 
@@ -7434,6 +7588,9 @@ class MailboxSubscription : public SubscriptionState {
  public:
   explicit MailboxSubscription(std::shared_ptr<Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
   void cancel() override { mailbox_->cancel(); }
+  void on_end(std::function<void(const Error&)> handler) override {
+    mailbox_->on_end(std::move(handler));
+  }
 
  private:
   std::shared_ptr<Mailbox> mailbox_;

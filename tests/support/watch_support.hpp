@@ -313,6 +313,8 @@ using FakeStreamPtr = std::shared_ptr<FakeStream>;
 class FakeGateway : public coordination::Transport {
  public:
   using Read = std::function<coordination::Result<coordination::HttpResponse>()>;
+  using ReadOf = std::function<coordination::Result<coordination::HttpResponse>(
+      const nlohmann::json& request)>;
 
   /// The next stream that was opened, or null.
   FakeStreamPtr next_stream(milliseconds limit = 5s) {
@@ -333,8 +335,19 @@ class FakeGateway : public coordination::Transport {
     on_read([revision, kvs = std::move(kvs)] { return range_answer(revision, kvs); });
   }
   void on_read(Read read) {
+    on_read_of([read = std::move(read)](const nlohmann::json& request) {
+      return request.contains("revision") ? history(request) : read();
+    });
+  }
+  void on_read_of(ReadOf read) {
     std::lock_guard<std::mutex> hold(mutex_);
     read_ = std::move(read);
+  }
+  /// A look at the past: the key was written at just that revision.
+  static coordination::Result<coordination::HttpResponse> history(const nlohmann::json& request) {
+    const auto revision = number_of(request, "revision");
+    const nlohmann::json kv{{"key", request.at("key")}, {"mod_revision", std::to_string(revision)}};
+    return range_answer(revision, nlohmann::json::array({kv}));
   }
   int logins() const { return logins_; }
   int streams() const { return streams_; }
@@ -355,12 +368,12 @@ class FakeGateway : public coordination::Transport {
       return coordination::HttpResponse{
           200, R"({"header":{},"token":"t)" + std::to_string(++logins_) + "\"}"};
     }
-    Read read;
+    ReadOf read;
     {
       std::lock_guard<std::mutex> hold(mutex_);
       read = read_;
     }
-    return read ? read() : range_answer(1);
+    return read ? read(nlohmann::json::parse(request.body)) : range_answer(1);
   }
 
  private:
@@ -376,7 +389,7 @@ class FakeGateway : public coordination::Transport {
   }
 
   std::mutex mutex_;
-  Read read_;
+  ReadOf read_;
   std::deque<FakeStreamPtr> opened_;
   std::atomic<int> logins_{0}, streams_{0};
 };

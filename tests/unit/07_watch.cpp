@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <map>
+#include <set>
 #include <thread>
 
 #include "support/live.hpp"
@@ -481,19 +482,60 @@ TEST_CASE("watch: a dead token is replaced once, and the watch goes on") {
   CHECK(revisions(events, 1) == "12");
 }
 
-TEST_CASE("watch: a token that is refused twice ends the watch, and is no loop") {
+TEST_CASE("watch: fresh tokens that are refused end the watch after some tries, with pauses") {
   Fixture f({"127.0.0.1:1"}, "user");
   auto events = f.watch("k");
-  for (int i = 0; i < 2; ++i) {
-    const auto stream = f.gateway->next_stream();
-    REQUIRE(stream);
-    stream->send(
-        refused_line("rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"));
+  auto stream = f.confirmed();
+  REQUIRE(stream->drained());
+  const int logins = f.gateway->logins();
+  std::string reason;
+  SUBCASE("invalid") { reason = "code = Unauthenticated desc = etcdserver: invalid auth token"; }
+  SUBCASE("denied") { reason = "code = PermissionDenied desc = etcdserver: permission denied"; }
+  stream->reset();
+  std::set<std::string> tokens;
+  const Stopwatch stopwatch;
+  int refusals = 0;
+  while ((stream = f.gateway->next_stream(2s))) {
+    tokens.insert(stream->headers["Authorization"]);
+    stream->send(refused_line("rpc error: " + reason));
+    ++refusals;
   }
+  CHECK(refusals == 6);
+  CHECK(tokens.size() == 6);
+  CHECK(f.gateway->logins() == logins + 5);
+  CHECK(stopwatch.elapsed() >= 400ms);  // 20, 40, 80, 160, 320 ms, up to a quarter less
+  const auto end = next_of(events);
+  REQUIRE_FALSE(end);
+  CHECK(end.error().code == ErrorCode::PermissionDenied);
+}
+
+TEST_CASE("watch: what may not be watched is said at once") {
+  Fixture f({"127.0.0.1:1"}, "user");
+  auto events = f.watch("k");
+  const auto stream = f.gateway->next_stream();
+  REQUIRE(stream);
+  stream->send(
+      refused_line("rpc error: code = PermissionDenied desc = etcdserver: permission denied"));
   const auto end = next_of(events);
   REQUIRE_FALSE(end);
   CHECK(end.error().code == ErrorCode::PermissionDenied);
   CHECK_FALSE(f.gateway->next_stream(50ms));
+}
+
+TEST_CASE("watch: two dead tokens in a row, and a third one that is good") {
+  Fixture f({"127.0.0.1:1"}, "user");
+  auto events = f.watch("k");
+  auto stream = f.confirmed();
+  REQUIRE(stream->drained());
+  stream->reset();
+  for (const char* reason : {"invalid auth token", "permission denied", "user name is empty"}) {
+    stream = f.gateway->next_stream();
+    REQUIRE(stream);
+    stream->send(refused_line(std::string("rpc error: desc = etcdserver: ") + reason));
+  }
+  stream = f.confirmed(10);
+  stream->send(event_line(stream->creates[0].id, puts_at({11})));
+  CHECK(revisions(events, 1) == "11");
 }
 
 TEST_CASE_FIXTURE(Fixture, "watch: a full queue rests and goes on from where it stopped") {
@@ -510,12 +552,15 @@ TEST_CASE_FIXTURE(Fixture, "watch: a full queue rests and goes on from where it 
   for (const auto& create : stream->creates)
     (create.key == base64("k") ? id : other_id) = create.id;
 
-  stream->send(event_line(id, puts_at({11, 12, 13, 14, 15, 16})));
+  stream->send(event_line(id, puts_at({11, 12, 13, 14, 15, 16})));  // what has come is taken
   stream->send(event_line(id, puts_at({17})));
-  stream->send(event_line(other_id, puts_at({18}, "other")));
+  const auto rest = confirmed(17);  // the dead are as many as the living
+  REQUIRE(rest->creates.size() == 1);
+  CHECK(rest->creates[0].id == other_id);
+  rest->send(event_line(other_id, puts_at({18}, "other")));
   CHECK(revisions(other, 1) == "18");
   CHECK_FALSE(gateway->next_stream(50ms));  // it rests
-  CHECK(revisions(events, 4) == "11 12 13 14");
+  CHECK(revisions(events, 6) == "11 12 13 14 15 16");
 
   const auto again = gateway->next_stream();
   REQUIRE(again);
@@ -523,11 +568,34 @@ TEST_CASE_FIXTURE(Fixture, "watch: a full queue rests and goes on from where it 
   for (const auto& create : again->creates) {
     if (create.id == id) start = create.start_revision;
   }
-  CHECK(start == 14);
+  CHECK(start == 16);
   again->send(created_lines(*again, 18));
-  again->send(event_line(id, puts_at({15, 16, 17})));
-  CHECK(revisions(events, 3) == "15 16 17");
+  again->send(event_line(id, puts_at({17})));
+  CHECK(revisions(events, 1) == "17");
   CHECK(silent(events));
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a small queue that is read costs no stream") {
+  WatchRequest request;
+  request.key = "k";
+  request.queue_size = 1;
+  Changes seen;
+  auto handled =
+      client().watch(request, [&](const WatchEvent& event) { seen.add(change_of(event)); }).value();
+  const auto stream = confirmed(10);
+  const auto id = stream->creates[0].id;
+  stream->send(event_line(id, puts_at({11})));
+  REQUIRE(seen.reaches(1, 5s));
+  std::vector<std::int64_t> many;
+  for (std::int64_t revision = 12; revision < 112; ++revision) many.push_back(revision);
+  for (std::size_t line = 0; line < 5; ++line) {
+    stream->send(
+        event_line(id, puts_at({many.begin() + static_cast<std::ptrdiff_t>(line * 20),
+                                many.begin() + static_cast<std::ptrdiff_t>(line * 20 + 20)})));
+  }
+  REQUIRE(seen.reaches(101, 5s));
+  CHECK_FALSE(stream->left(50ms));
+  CHECK(gateway->streams() == 1);
 }
 
 TEST_CASE_FIXTURE(Fixture, "watch: what comes after cancel() is nobody's, and the stream ends") {
@@ -614,7 +682,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: new events during the look at an old history 
       stream->send(event_line(id, puts_at({29, 31, 32})));
       stream->drained();
     }
-    return FakeGateway::range_answer(30);
+    return FakeGateway::range_answer(30, nlohmann::json::array({kv_json("k", "v20", 20)}));
   });
   stream->send(created_lines(*stream, 15));
   CHECK(revisions(events, 3) == "29 31 32");
@@ -651,10 +719,9 @@ TEST_CASE_FIXTURE(Fixture, "view: a wiped store with the same revisions and othe
   REQUIRE(stream->drained());
   REQUIRE(wait_until([&] { return view.connected(); }, 5s));
 
-  // The new store says 3, and is at 10 again when it is read.
-  std::atomic<int> reads{0};
-  gateway->on_read([&] {
-    if (reads++ == 0) return FakeGateway::range_answer(3);
+  // The new store says 3, and is at 10 again when all is read.
+  gateway->on_read_of([&](const nlohmann::json& request) {
+    if (request.contains("keys_only")) return FakeGateway::range_answer(3);
     return FakeGateway::range_answer(10, nlohmann::json::array({kv_json(key, "new", 10)}));
   });
   stream->reset();
