@@ -256,7 +256,8 @@ using LogFields = std::vector<std::pair<std::string, std::string>>;
 /// Threads: called from any thread, several at once. It must not call back into the library.
 using Logger = std::function<void(LogLevel level, std::string_view message, const LogFields&)>;
 
-/// A Logger that writes lines of `level message key=value ...` to standard error.
+/// A Logger that writes lines of `level message key=value ...` to standard error, with control
+/// characters as \xNN.
 Logger stderr_logger(LogLevel minimum = LogLevel::Info);
 
 /// The time by which leases, and streams that are silent, are judged. Contexts always use the real
@@ -369,7 +370,8 @@ struct RetryConfig {
 
 /// All that a Coordinator can be told.
 struct CoordinatorOptions {
-  // [http[s]://]host:port, [::1]:port; without a scheme https if `tls` names a file, else http
+  // [http[s]://]host[:port], also [::1]:port; the port is 2379 where there is none; without a
+  // scheme it is https if `tls` names a CA or a certificate, else http
   std::vector<std::string> endpoints{"localhost:2379"};
   std::string username{};  // empty = no login
   std::string password{};
@@ -1342,6 +1344,7 @@ class MemoryEtcd : public Transport {
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
 #include <cerrno>
 #include <cmath>
 #include <condition_variable>
@@ -2125,7 +2128,7 @@ COORDINATION_API Logger stderr_logger(LogLevel minimum) {
     std::string line = to_string(level);
     line.append(" ").append(message);
     for (const auto& field : fields) line += " " + field.first + "=" + field.second;
-    std::fprintf(stderr, "%s\n", line.c_str());
+    std::fprintf(stderr, "%s\n", detail::printable(line).c_str());
   };
 }
 
@@ -2278,10 +2281,15 @@ COORDINATION_API std::string text(const Json& object, const char* name) {
   return value.is_string() ? value.get<std::string>() : std::string();
 }
 
-COORDINATION_API std::string bytes(const Json& object, const char* name) {
+/// Empty if it is something else than base64.
+COORDINATION_API std::optional<std::string> some_bytes(const Json& object, const char* name) {
   const Json& value = member(object, name);
-  if (!value.is_string()) return {};
-  return base64_decode(value.get_ref<const std::string&>()).value_or(std::string());
+  if (value.is_null()) return std::string();
+  return value.is_string() ? base64_decode(value.get_ref<const std::string&>()) : std::nullopt;
+}
+
+COORDINATION_API std::string bytes(const Json& object, const char* name) {
+  return some_bytes(object, name).value_or(std::string());
 }
 
 COORDINATION_API bool flag(const Json& object, const char* name) {
@@ -2435,72 +2443,75 @@ COORDINATION_API std::string watch_body(const WatchRequest& request, std::int64_
   return dump({{"create_request", std::move(json)}});
 }
 
-// Replies.
+// Replies. False: there is a key or a value in it that cannot be read.
 
-COORDINATION_API KeyValue decode_kv(const Json& json) {
-  KeyValue kv;
-  kv.key = bytes(json, "key");
-  kv.value = bytes(json, "value");
+COORDINATION_API bool decode(const Json& json, KeyValue& kv) {
+  auto key = some_bytes(json, "key");
+  auto value = some_bytes(json, "value");
+  if (!key || !value) return false;
+  kv.key = std::move(*key);
+  kv.value = std::move(*value);
   kv.create_revision = number(json, "create_revision");
   kv.mod_revision = number(json, "mod_revision");
   kv.version = number(json, "version");
   kv.lease = number(json, "lease");
-  return kv;
+  return true;
 }
 
-COORDINATION_API std::vector<KeyValue> decode_kvs(const Json& list) {
-  std::vector<KeyValue> kvs;
-  if (!list.is_array()) return kvs;
-  kvs.reserve(list.size());
-  for (const Json& kv : list) kvs.push_back(decode_kv(kv));
-  return kvs;
+COORDINATION_API bool decode(const Json& json, std::optional<KeyValue>& to) {
+  return !json.is_object() || decode(json, to.emplace());
 }
 
-COORDINATION_API void decode(const Json& json, RangeResponse& to) {
-  to.kvs = decode_kvs(member(json, "kvs"));
+COORDINATION_API bool decode(const Json& list, std::vector<KeyValue>& to) {
+  if (!list.is_array()) return true;
+  to.resize(list.size());
+  std::size_t i = 0;
+  return std::all_of(list.begin(), list.end(), [&](auto& kv) { return decode(kv, to[i++]); });
+}
+
+COORDINATION_API bool decode(const Json& json, RangeResponse& to) {
   to.count = number(json, "count");
   to.more = flag(json, "more");
   to.revision = header_revision(json);
+  return decode(member(json, "kvs"), to.kvs);
 }
 
-COORDINATION_API void decode(const Json& json, PutResponse& to) {
+COORDINATION_API bool decode(const Json& json, PutResponse& to) {
   to.revision = header_revision(json);
-  const Json& prev = member(json, "prev_kv");
-  if (prev.is_object()) to.prev_kv = decode_kv(prev);
+  return decode(member(json, "prev_kv"), to.prev_kv);
 }
 
-COORDINATION_API void decode(const Json& json, RemoveResponse& to) {
+COORDINATION_API bool decode(const Json& json, RemoveResponse& to) {
   to.deleted = number(json, "deleted");
-  to.prev_kvs = decode_kvs(member(json, "prev_kvs"));
   to.revision = header_revision(json);
+  return decode(member(json, "prev_kvs"), to.prev_kvs);
 }
 
-COORDINATION_API void decode(const Json& json, TxnResponse& to);
+COORDINATION_API bool decode(const Json& json, TxnResponse& to);
 
-COORDINATION_API OpResponse decode_op(const Json& json) {
+COORDINATION_API bool decode_op(const Json& json, OpResponse& to) {
   if (json.contains("response_put")) {
-    PutResponse put;
-    return decode(json["response_put"], put), OpResponse(std::move(put));
+    return decode(json["response_put"], to.emplace<PutResponse>());
   }
   if (json.contains("response_delete_range")) {
-    RemoveResponse remove;
-    return decode(json["response_delete_range"], remove), OpResponse(std::move(remove));
+    return decode(json["response_delete_range"], to.emplace<RemoveResponse>());
   }
   if (json.contains("response_txn")) {
-    TxnResponse txn;
-    decode(json["response_txn"], txn);
-    return std::make_shared<const TxnResponse>(std::move(txn));
+    auto txn = std::make_shared<TxnResponse>();
+    to = txn;
+    return decode(json["response_txn"], *txn);
   }
-  RangeResponse range;
-  return decode(member(json, "response_range"), range), OpResponse(std::move(range));
+  return decode(member(json, "response_range"), to.emplace<RangeResponse>());
 }
 
-COORDINATION_API void decode(const Json& json, TxnResponse& to) {
+COORDINATION_API bool decode(const Json& json, TxnResponse& to) {
   to.succeeded = flag(json, "succeeded");
   to.revision = header_revision(json);
   const Json& responses = member(json, "responses");
-  if (!responses.is_array()) return;
-  for (const Json& response : responses) to.responses.push_back(decode_op(response));
+  if (!responses.is_array()) return true;
+  return std::all_of(responses.begin(), responses.end(), [&](auto& response) {
+    return decode_op(response, to.responses.emplace_back());
+  });
 }
 
 /// Of grant, timetolive and keepalive: seconds; 0 or -1 = no such lease.
@@ -2510,13 +2521,14 @@ struct LeaseReply {
   std::uint64_t cluster{0};
 };
 
-COORDINATION_API void decode(const Json& json, LeaseReply& to) {
+COORDINATION_API bool decode(const Json& json, LeaseReply& to) {
   to.id = number(json, "ID");
   to.ttl = number(json, "TTL");
   to.cluster = cluster_id(json);
+  return true;
 }
 
-COORDINATION_API void decode(const Json& json, Status& to) {
+COORDINATION_API bool decode(const Json& json, Status& to) {
   to.version = text(json, "version");
   to.db_size = number(json, "dbSize");
   to.leader = static_cast<std::uint64_t>(number(json, "leader"));
@@ -2524,26 +2536,29 @@ COORDINATION_API void decode(const Json& json, Status& to) {
   to.revision = header_revision(json);
   to.member_id = static_cast<std::uint64_t>(number(member(json, "header"), "member_id"));
   const Json& errors = member(json, "errors");
-  if (!errors.is_array()) return;
+  if (!errors.is_array()) return true;
   for (const Json& error : errors) {
     if (error.is_string()) to.errors.push_back(error.get<std::string>());
   }
+  return true;
 }
 
 struct Token {
   std::string text;
 };
-COORDINATION_API void decode(const Json& json, Token& to) { to.text = text(json, "token"); }
+COORDINATION_API bool decode(const Json& json, Token& to) {
+  to.text = text(json, "token");
+  return true;
+}
 
 struct Nothing {};
-COORDINATION_API void decode(const Json&, Nothing&) {}
+COORDINATION_API bool decode(const Json&, Nothing&) { return true; }
 
 /// A unary reply of etcd, and of which cluster; empty if it is something else.
 template <class Reply>
 std::optional<std::uint64_t> decode_reply(std::string_view body, Reply& to) {
   auto json = parse(body);
-  if (!json || !member(*json, "header").is_object()) return std::nullopt;
-  decode(*json, to);
+  if (!json || !member(*json, "header").is_object() || !decode(*json, to)) return std::nullopt;
   return cluster_id(*json);
 }
 
@@ -2615,17 +2630,14 @@ struct WatchLine {
   std::vector<WatchEvent> events;
 };
 
-COORDINATION_API WatchEvent decode_event(const Json& json) {
-  WatchEvent event;
-  event.type = text(json, "type") == "DELETE" ? EventType::Delete : EventType::Put;
-  event.kv = decode_kv(member(json, "kv"));
-  event.revision = event.kv.mod_revision;
-  const Json& prev = member(json, "prev_kv");
-  if (prev.is_object()) event.prev_kv = decode_kv(prev);
-  return event;
+COORDINATION_API bool decode(const Json& json, WatchEvent& to) {
+  to.type = text(json, "type") == "DELETE" ? EventType::Delete : EventType::Put;
+  bool good = decode(member(json, "kv"), to.kv) && decode(member(json, "prev_kv"), to.prev_kv);
+  to.revision = to.kv.mod_revision;
+  return good;
 }
 
-COORDINATION_API void decode(const Json& json, WatchLine& to) {
+COORDINATION_API bool decode(const Json& json, WatchLine& to) {
   to.cluster = cluster_id(json);
   to.id = number(json, "watch_id");
   to.revision = header_revision(json);
@@ -2635,9 +2647,10 @@ COORDINATION_API void decode(const Json& json, WatchLine& to) {
   to.fragment = flag(json, "fragment");
   to.cancel_reason = text(json, "cancel_reason");
   const Json& events = member(json, "events");
-  if (!events.is_array()) return;
+  if (!events.is_array()) return true;
   to.events.reserve(events.size());
-  for (const Json& event : events) to.events.push_back(decode_event(event));
+  return std::all_of(events.begin(), events.end(),
+                     [&](auto& event) { return decode(event, to.events.emplace_back()); });
 }
 
 /// One line of a stream: a result, an error of etcd's, or neither: then it is no line of etcd's.
@@ -2648,7 +2661,8 @@ std::variant<std::monostate, Line, EtcdError> decode_line(std::string_view line)
   const Json& result = member(*json, "result");
   if (result.is_object()) {
     Line decoded;
-    return decode(result, decoded), decoded;
+    if (decode(result, decoded)) return decoded;
+    return {};
   }
   auto error = decode_error(*json);
   if (error) return *error;
@@ -3329,6 +3343,8 @@ COORDINATION_API HostPort split_endpoint(const std::string& endpoint) {
   result.port = static_cast<int>(std::strtol(rest.c_str() + colon + 1, nullptr, 10));
   bool bracketed = rest.front() == '[';
   result.host = bracketed ? rest.substr(1, colon - 2) : rest.substr(0, colon);
+  auto zone = result.host.find("%25");  // as URLs write the % before it
+  if (zone != std::string::npos) result.host.erase(zone + 1, 2);
   return result;
 }
 
@@ -3549,9 +3565,9 @@ struct Pem {
 
 /// The text itself, or what is in the file.
 COORDINATION_API Result<Pem> load_pem(const std::string& text, const std::string& file,
-                                      const char* option) {
-  if (!text.empty() || file.empty()) return Pem{text, option};
-  Pem pem{{}, std::string(option) + " " + file};
+                                      const std::string& option) {
+  if (!text.empty() || file.empty()) return Pem{text, option + "_pem"};
+  Pem pem{{}, option + "_file " + file};
   std::FILE* stream = std::fopen(file.c_str(), "rb");
   int error = stream ? 0 : errno;
   char piece[4096];
@@ -3573,9 +3589,9 @@ class TlsFactory {
   explicit TlsFactory(TlsOptions options) : options_(std::move(options)) {}
 
   Result<Ssl> get() {
-    auto ca = load_pem(options_.ca_pem, options_.ca_file, "tls.ca_file");
-    auto cert = load_pem(options_.cert_pem, options_.cert_file, "tls.cert_file");
-    auto key = load_pem(options_.key_pem, options_.key_file, "tls.key_file");
+    auto ca = load_pem(options_.ca_pem, options_.ca_file, "tls.ca");
+    auto cert = load_pem(options_.cert_pem, options_.cert_file, "tls.cert");
+    auto key = load_pem(options_.key_pem, options_.key_file, "tls.key");
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto* pem : {&ca, &cert, &key}) {
       if (!*pem) return last_ ? Result<Ssl>(last_) : pem->error();
@@ -3620,8 +3636,8 @@ class TlsFactory {
     return all;
   }
 
-  static Result<void> use_ca(SSL_CTX* ssl, const Pem& ca) {
-    if (ca.name == "tls.ca_file" && ca.text.empty()) return use_system_ca(ssl);
+  Result<void> use_ca(SSL_CTX* ssl, const Pem& ca) const {
+    if (options_.ca_file.empty() && options_.ca_pem.empty()) return use_system_ca(ssl);
     auto all = certificates(ca);
     if (all.empty()) return bad(ca, "holds no certificate in PEM");
     for (auto& one : all) X509_STORE_add_cert(SSL_CTX_get_cert_store(ssl), one.get());
@@ -3819,6 +3835,7 @@ class TlsConnection : public Connection {
     ssl_.reset(SSL_new(context_.get()));
     if (!ssl_ || SSL_set_fd(ssl_.get(), static_cast<int>(socket())) != 1) return false;
     SSL_set_app_data(ssl_.get(), this);
+    SSL_set_cert_cb(ssl_.get(), on_asked, this);
     SSL_set_verify(ssl_.get(), verify_ ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, on_verified);
     auto* expected = SSL_get0_param(ssl_.get());
     // A CN is no host's name, and a wildcard stands for one whole label.
@@ -3830,6 +3847,10 @@ class TlsConnection : public Connection {
            SSL_set_tlsext_host_name(ssl_.get(), host_.c_str()) == 1;
   }
 
+  static int on_asked(SSL*, void* self) {
+    static_cast<TlsConnection*>(self)->asked_ = true;
+    return 1;
+  }
   static int on_verified(int good, X509_STORE_CTX* store) {
     auto* ssl =
         static_cast<SSL*>(X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx()));
@@ -3861,9 +3882,9 @@ class TlsConnection : public Connection {
 
   /// A failure of TLS in words.
   void explain() {
-    if (!cause().empty()) return;  // on_verified() has said it
     int reason = ERR_GET_REASON(ERR_peek_last_error());
     switch (reason) {
+      case SSL_R_CERTIFICATE_VERIFY_FAILED: break;  // on_verified() has said it
 #if defined(SSL_R_UNEXPECTED_EOF_WHILE_READING)
       case SSL_R_UNEXPECTED_EOF_WHILE_READING: fail("the connection was closed"); break;
 #endif
@@ -3873,6 +3894,12 @@ class TlsConnection : public Connection {
       case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
         fail("the server has no version of TLS that is new enough");
         break;
+      case SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE:
+        if (!asked_) {
+          fail("TLS has failed: " + openssl_words());
+          break;
+        }
+        [[fallthrough]];
       case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED:
       case SSL_R_SSLV3_ALERT_BAD_CERTIFICATE:
       case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
@@ -3891,6 +3918,7 @@ class TlsConnection : public Connection {
   const TlsFactory::Ssl context_;
   const std::string host_;
   const bool verify_;
+  bool asked_{false};  // for a certificate
   std::unique_ptr<SSL, void (*)(SSL*)> ssl_{nullptr, SSL_free};
 };
 
@@ -4046,25 +4074,6 @@ class HttplibTransport : public Transport {
   Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
                                const Context& ctx) override {
     if (ctx.done()) return context_error(ctx, "the request was not sent");
-    Result<HttpResponse> result = HttpResponse{};
-    auto thrown = guarded([&] { result = exchange(request, sink, ctx); });
-    if (!thrown) return result;
-    return make_error(ErrorCode::Connection, "the request to " + request.endpoint + " failed",
-                      *thrown, Outcome::MaybeApplied);
-  }
-
- private:
-  using Held = std::unique_ptr<Connection>;
-  static constexpr std::size_t kMostIdle = 16;  // connections per endpoint
-
-  struct Exchange {
-    HttpResponse response;
-    bool stopped{false};  // by the sink
-    bool too_long{false};
-  };
-
-  Result<HttpResponse> exchange(const HttpRequest& request, const ChunkSink& sink,
-                                const Context& ctx) {
     NoSigpipe guard;  // to the end: closing TLS writes, too
     auto deadline = ctx.deadline().value_or((SteadyTime::max)());
     bool close = has_close(request);
@@ -4087,6 +4096,17 @@ class HttplibTransport : public Transport {
     if (reusable) give_back(request.endpoint, std::move(connection));
     return judge(request, state, whole, stream, ctx);
   }
+
+ private:
+  using Held = std::unique_ptr<Connection>;
+  static constexpr std::size_t kMostIdle = 16;  // connections per endpoint
+
+  struct Exchange {
+    HttpResponse response;
+    std::size_t line{0};  // of a stream: so far without an end
+    bool stopped{false};  // by the sink
+    bool too_long{false};
+  };
 
   static bool has_close(const HttpRequest& request) {
     return std::any_of(request.headers.begin(), request.headers.end(), [](const auto& header) {
@@ -4123,21 +4143,33 @@ class HttplibTransport : public Transport {
     };
     http.content_receiver = [&](const char* data, std::size_t size, std::uint64_t, std::uint64_t) {
       if (ctx.done()) return false;
+      std::string_view piece(data, size);
       bool streamed = sink && state.response.status / 100 == 2;
-      if (streamed) return !(state.stopped = !sink(std::string_view(data, size)));
-      state.too_long = size > limits_.body - state.response.body.size();
-      if (!state.too_long) state.response.body.append(data, size);
-      return !state.too_long;
+      return streamed ? pass_on(piece, sink, state) : keep(piece, state);
     };
     return http;
+  }
+
+  bool keep(std::string_view piece, Exchange& state) const {
+    state.too_long = piece.size() > limits_.body - state.response.body.size();
+    if (!state.too_long) state.response.body.append(piece);
+    return !state.too_long;
+  }
+
+  bool pass_on(std::string_view piece, const ChunkSink& sink, Exchange& state) const {
+    auto end = piece.rfind('\n');
+    state.line = end == piece.npos ? state.line + piece.size() : piece.size() - end - 1;
+    state.too_long = state.line > limits_.body;
+    state.stopped = !state.too_long && !sink(piece);
+    return !state.too_long && !state.stopped;
   }
 
   Result<HttpResponse> judge(const HttpRequest& request, Exchange& state, bool whole,
                              const HttpStream& stream, const Context& ctx) const {
     if (whole && !ctx.cancelled()) return std::move(state.response);
     auto what = "the request to " + request.endpoint + " failed";
-    if (state.too_long) {
-      return make_error(ErrorCode::Internal, what,
+    if (state.too_long) {  // a whole answer may be so long because so much was asked for
+      return make_error(state.line > 0 ? ErrorCode::Connection : ErrorCode::Internal, what,
                         "the answer is longer than " + std::to_string(limits_.body) +
                             " bytes (CoordinatorOptions::limits)",
                         Outcome::MaybeApplied);
@@ -4237,23 +4269,35 @@ COORDINATION_API std::shared_ptr<Transport> make_default_transport(const TlsOpti
 
 namespace detail {
 
+/// A name, an IPv4 address, or an IPv6 address in []. What is not ASCII is left to the resolver.
+COORDINATION_API bool is_host(std::string_view host) {
+  static constexpr std::string_view kDigits = "0123456789abcdefABCDEF:.";
+  if (host.size() < 3 || host.front() != '[' || host.back() != ']') {
+    return !host.empty() && std::all_of(host.begin(), host.end(), [](unsigned char c) {
+      return std::isalnum(c) || c >= 0x80 || c == '-' || c == '.' || c == '_';
+    });
+  }
+  host = host.substr(1, host.size() - 2);
+  auto zone = host.find('%');
+  if (zone != host.npos && !is_host(host.substr(zone + 1))) return false;
+  host = host.substr(0, zone);
+  return std::count(host.begin(), host.end(), ':') >= 2 &&
+         host.find_first_not_of(kDigits) == host.npos;
+}
+
 /// The endpoint as "scheme://host:port"; empty if it is none.
 COORDINATION_API std::string normal_endpoint(std::string endpoint, bool tls) {
   std::string scheme = tls ? "https://" : "http://";
   for (const char* known : {"http://", "https://"}) {
-    if (endpoint.compare(0, std::strlen(known), known) != 0) continue;
-    scheme = known;
-    endpoint.erase(0, scheme.size());
+    if (endpoint.compare(0, std::strlen(known), known) == 0) scheme = known;
   }
+  if (endpoint.compare(0, scheme.size(), scheme) == 0) endpoint.erase(0, scheme.size());
+  if (!endpoint.empty() && endpoint.back() == '/') endpoint.pop_back();
   auto colon = endpoint.rfind(':');
-  if (colon == std::string::npos || colon == 0) return {};
-  auto host = endpoint.substr(0, colon), port = endpoint.substr(colon + 1);
-  auto is_odd = [](unsigned char c) { return c <= ' ' || c == 0x7f; };
-  if (std::any_of(host.begin(), host.end(), is_odd)) return {};
-  bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
-  auto bad = bracketed ? std::string("/ @") : std::string("/ @:[]");
-  if (host.find_first_of(bad) != std::string::npos) return {};
-  if (port.empty() || port.size() > 5) return {};
+  bool has_port = colon != std::string::npos && endpoint.find(']', colon) == std::string::npos;
+  auto host = endpoint.substr(0, has_port ? colon : std::string::npos);
+  auto port = has_port ? endpoint.substr(colon + 1) : std::string("2379");
+  if (!is_host(host) || port.empty() || port.size() > 5) return {};
   if (port.find_first_not_of("0123456789") != std::string::npos) return {};
   auto value = std::strtol(port.c_str(), nullptr, 10);
   if (value < 1 || value > 65535) return {};
@@ -4335,8 +4379,8 @@ COORDINATION_API ErrorCode code_of_grpc(int code) {
 
 COORDINATION_API Verdict judge_error(const wire::EtcdError& error, const std::string& endpoint) {
   Verdict verdict;
-  verdict.error =
-      make_error(ErrorCode::Internal, "etcd at " + endpoint + " has refused", error.message);
+  verdict.error = make_error(ErrorCode::Internal, "etcd at " + endpoint + " has refused",
+                             printable(error.message));
   if (const Rule* rule = find_rule(error.message)) {
     verdict.error.code = rule->code;
     verdict.next = rule->next;
@@ -4363,11 +4407,15 @@ COORDINATION_API std::string excerpt(std::string_view body) {
   if (body[first] == '{' || body[first] == '[') {
     return "malformed JSON of " + std::to_string(body.size()) + " bytes";
   }
-  return "\"" + std::string(body.substr(first, 120)) + "\"";
+  return "\"" + printable(body.substr(first, 120)) + "\"";
 }
 
 /// An answer with an HTTP status that is no success.
 COORDINATION_API Verdict judge_status(const HttpResponse& response, const std::string& endpoint) {
+  if (response.status == 413) {  // of a proxy's; the others have the same limit
+    auto cause = "HTTP status 413; it said " + excerpt(response.body);
+    return {make_error(ErrorCode::Validation, endpoint + " takes no request so large", cause)};
+  }
   auto etcd = wire::decode_error_body(response.body);
   if (etcd && !etcd->message.empty() && response.status != 404) return judge_error(*etcd, endpoint);
   if (etcd && etcd->code == 5 && etcd->message != "Not Found") return judge_error(*etcd, endpoint);
@@ -4378,8 +4426,10 @@ COORDINATION_API Verdict judge_status(const HttpResponse& response, const std::s
   verdict.next = Verdict::Next::OtherMember;
   verdict.member_failed = true;
   auto status = "HTTP status " + std::to_string(response.status);
+  bool to_tls = response.status == 400 && response.body.find("HTTPS") != std::string::npos;
   auto hint = response.status == 404 ? ": its JSON gateway is off (enable-grpc-gateway), or this is"
                                        " another server"
+              : to_tls               ? ": http spoken to an https port"
                                      : ": this is no etcd, or a proxy before it";
   verdict.error = make_error(ErrorCode::Unavailable, endpoint + " did not answer as etcd does",
                              status + hint + "; it said " + excerpt(response.body));
@@ -4391,7 +4441,8 @@ COORDINATION_API Verdict judge_transport(const Error& error) {
   Verdict verdict;
   verdict.error = error;
   verdict.applied_unknown = error.outcome == Outcome::MaybeApplied;
-  verdict.member_failed = error.code != ErrorCode::Cancelled && error.code != ErrorCode::Validation;
+  verdict.member_failed = error.code != ErrorCode::Cancelled &&
+                          error.code != ErrorCode::Validation && error.code != ErrorCode::Internal;
   verdict.next = verdict.member_failed ? Verdict::Next::OtherMember : Verdict::Next::Stop;
   verdict.passing = error.code == ErrorCode::Connection && !verdict.applied_unknown;
   return verdict;
@@ -4629,7 +4680,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   }
 
   /// One request to one member. A transport that overruns the deadline of `ctx`, which must be this
-  /// request's own, is cancelled.
+  /// request's own, is cancelled. What it throws is an error of this request.
   Result<HttpResponse> perform(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
 
   /// Something on the way does not pass `Connection: close` on: see stream().
@@ -5064,12 +5115,20 @@ COORDINATION_API HttpRequest ClientState::request(std::size_t member, const Call
 COORDINATION_API Result<HttpResponse> ClientState::perform(const HttpRequest& http,
                                                            const ChunkSink& sink,
                                                            const Context& ctx) {
-  if (!ctx.deadline()) return transport->perform(http, sink, ctx);
-  auto late = *ctx.deadline() + milliseconds(20);
-  auto watchdog = executor->timer.at(late, [ctx] { ctx.cancel(); });
-  auto response = transport->perform(http, sink, ctx);
-  executor->timer.cancel(watchdog);
-  return response;
+  Result<HttpResponse> response = HttpResponse{};
+  auto send = [&] { response = transport->perform(http, sink, ctx); };
+  std::optional<std::string> thrown;
+  if (!ctx.deadline()) {
+    thrown = guarded(send);
+  } else {
+    auto late = *ctx.deadline() + milliseconds(20);
+    auto watchdog = executor->timer.at(late, [ctx] { ctx.cancel(); });
+    thrown = guarded(send);
+    executor->timer.cancel(watchdog);
+  }
+  if (!thrown) return response;
+  return make_error(ErrorCode::Connection, "the request to " + http.endpoint + " failed", *thrown,
+                    Outcome::MaybeApplied);
 }
 
 COORDINATION_API Result<void> ClientState::stream(const char* path, std::string body,
@@ -9619,7 +9678,7 @@ COORDINATION_API CoordinatorOptions default_coordinator_options() { return {}; }
 namespace detail {
 
 COORDINATION_API bool wants_tls(const TlsOptions& tls) {
-  return !tls.ca_file.empty() || !tls.cert_file.empty();
+  return !(tls.ca_file + tls.ca_pem + tls.cert_file + tls.cert_pem).empty();
 }
 
 COORDINATION_API Result<void> validate_retry(const RetryConfig& retry) {
@@ -9636,16 +9695,22 @@ COORDINATION_API Result<void> validate_retry(const RetryConfig& retry) {
 COORDINATION_API Result<void> validate(const CoordinatorOptions& options) {
   if (options.endpoints.empty()) return detail::invalid("endpoints is empty");
   for (auto& endpoint : options.endpoints) {
-    if (detail::normal_endpoint(endpoint, false).empty()) {
-      return detail::invalid("the endpoint \"" + endpoint + "\" is not [http[s]://]host:port");
-    }
+    if (!detail::normal_endpoint(endpoint, false).empty()) continue;
+    bool several = endpoint.find(',') != std::string::npos;
+    return detail::invalid("the endpoint \"" + detail::printable(endpoint) + "\" is not " +
+                           (several ? "one, but several: give each an element of endpoints"
+                                    : "[http[s]://]host[:port]"));
   }
   if (options.timeout.count() <= 0) return detail::invalid("timeout is not positive");
   if (options.username.empty() && !options.password.empty()) {
     return detail::invalid("there is a password without a username");
   }
-  if (options.tls.cert_file.empty() != options.tls.key_file.empty()) {
+  auto& tls = options.tls;
+  if ((tls.cert_file + tls.cert_pem).empty() != (tls.key_file + tls.key_pem).empty()) {
     return detail::invalid("tls.cert_file and tls.key_file are needed together");
+  }
+  if (options.limits.head == 0 || options.limits.body == 0) {
+    return detail::invalid("a limit of limits is 0");
   }
   auto& prefix = options.key_prefix;
   if (!prefix.empty() && prefix[0] != '/') return detail::invalid("key_prefix must begin with '/'");
@@ -9715,6 +9780,10 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
   state->client = detail::make_client(std::move(options));
   state->registry = std::make_shared<detail::RegistryState>();
   Coordinator coordinator(state);
+  if (!state->client->options.tls.verify_server) {
+    (*state->client->log)(
+        LogLevel::Warn, "tls.verify_server is false: anybody can pretend to be etcd, and read all");
+  }
   auto served = detail::knock(*state->client, state->client->bounded(ctx));
   if (!served) return served.error();
   auto& members = *state->client->members;

@@ -466,6 +466,8 @@ TEST_CASE("TLS: https to a plain port, and http to a TLS port") {
   const auto wrong = transport->perform(range_request("https://" + plain.endpoint()), nullptr, {});
   REQUIRE_FALSE(wrong);
   CHECK(wrong.error().code == ErrorCode::Connection);
+  CHECK(wrong.error().outcome == Outcome::NotApplied);
+  CHECK(wrong.error().cause == "https spoken to a port without TLS: is it http?");
 
   const TlsFiles files;
   const EtcdServer server(EtcdOptions{"", files.etcd_flags(false), "https", "127.0.0.1"});
@@ -474,4 +476,5 @@ TEST_CASE("TLS: https to a plain port, and http to a TLS port") {
   const auto connected = Coordinator::connect(options);
   REQUIRE_FALSE(connected);
   CHECK(to_string(connected.error()).find(server.endpoint()) != std::string::npos);
+  CHECK(to_string(connected.error()).find("http spoken to an https port") != std::string::npos);
 }

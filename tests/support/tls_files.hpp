@@ -24,6 +24,37 @@ class TlsFiles {
     sign("client", "/O=coordination", "extendedKeyUsage=clientAuth\n");
   }
 
+  /// name.pem and name.key, signed by `ca`.
+  void sign(const std::string& name, const std::string& subject, const std::string& extensions,
+            const std::string& ca = "ca") const {
+    request(name, subject, extensions);
+    openssl({"x509", "-req", "-days", "2", "-in", file(name + ".csr"), "-CA", file(ca + ".pem"),
+             "-CAkey", file(ca + ".key"), "-CAcreateserial", "-extfile", file(name + ".ext"),
+             "-out", file(name + ".pem")},
+            {});
+  }
+  /// The same with dates as 20400101000000Z.
+  void sign_for(const std::string& name, const std::string& subject, const std::string& extensions,
+                const std::string& from, const std::string& until) const {
+    request(name, subject, extensions);
+    std::ofstream(file("index.txt")) << "";
+    std::ofstream(file("serial")) << "1000\n";
+    std::ofstream(file("ca.cnf"))
+        << "[ca]\ndefault_ca=d\n[d]\ndatabase=" << file("index.txt")
+        << "\nserial=" << file("serial") << "\nnew_certs_dir=" << folder_.path()
+        << "\ndefault_md=sha256\npolicy=p\n[p]\ncommonName=optional\norganizationName=optional\n";
+    openssl({"ca", "-batch", "-config", file("ca.cnf"), "-cert", ca(), "-keyfile", file("ca.key"),
+             "-in", file(name + ".csr"), "-out", file(name + ".pem"), "-startdate", from,
+             "-enddate", until, "-extfile", file(name + ".ext"), "-notext"},
+            {});
+  }
+  /// A copy of name.key that needs a password.
+  void lock_key(const std::string& name, const std::string& password) const {
+    openssl({"pkcs8", "-topk8", "-in", file(name + ".key"), "-out", file(name + ".locked"),
+             "-passout", "pass:" + password},
+            {});
+  }
+
   std::string file(const std::string& name) const { return folder_.file(name); }
   std::string ca() const { return file("ca.pem"); }
   std::string other_ca() const { return file("other-ca.pem"); }
@@ -57,16 +88,12 @@ class TlsFiles {
              "-out", file(name + ".pem")},
             new_key());
   }
-  void sign(const std::string& name, const std::string& subject,
-            const std::string& extensions) const {
+  void request(const std::string& name, const std::string& subject,
+               const std::string& extensions) const {
     std::ofstream(file(name + ".ext")) << extensions;
     openssl({"req", "-new", "-subj", subject, "-keyout", file(name + ".key"), "-out",
              file(name + ".csr")},
             new_key());
-    openssl({"x509", "-req", "-days", "2", "-in", file(name + ".csr"), "-CA", ca(), "-CAkey",
-             file("ca.key"), "-CAcreateserial", "-extfile", file(name + ".ext"), "-out",
-             file(name + ".pem")},
-            {});
   }
 
   TempDir folder_;

@@ -390,6 +390,95 @@ TEST_CASE("client: another server, or a gateway that is off: the error says so a
   }
 }
 
+TEST_CASE("client: a key or a value that cannot be read is an error, not an empty one") {
+  const char* const kvs[] = {R"("kvs":[{"key":"YQ==","value":"aGVsbG8"}],"count":"1")",
+                             R"("kvs":[{"key":"YQ==","value":"aGVs*G8="}],"count":"1")",
+                             R"("kvs":[{"key":"YQ==","value":5}],"count":"1")",
+                             R"("kvs":[{"key":"Y","value":"YQ=="}],"count":"1")"};
+  for (const auto* kv : kvs) {
+    Setup setup;
+    auto& client = setup.client();
+    setup.etcd->always(kRange, ok(reply(5, kv)));
+    check_error(client.get("a"), ErrorCode::Internal, Outcome::NotApplied);
+    const std::string range = std::string("\"responses\":[{\"response_range\":{") + kv + "}}]";
+    setup.etcd->always(kTxn, ok(reply(5, range)));
+    check_error(client.commit(Txn().then(Op::get("a"))), ErrorCode::Internal,
+                Outcome::MaybeApplied);
+  }
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always(kPut, ok(reply(5, R"("prev_kv":{"key":"YQ==","value":"!"})")));
+  PutRequest put{"a", "b"};
+  put.prev_kv = true;
+  check_error(client.put(put), ErrorCode::Internal, Outcome::MaybeApplied);
+}
+
+TEST_CASE("client: what is too large for a proxy is the caller's affair, and no member's") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  std::atomic<int> warnings{0};
+  setup.options.logger = [&](LogLevel level, std::string_view, const LogFields&) {
+    warnings += level >= LogLevel::Warn;
+  };
+  auto& client = setup.client();
+  setup.etcd->always(kPut, answer(413, "<html>413 Request Entity Too Large</html>"));
+  const auto put = client.put("a", "b");
+  check_error(put, ErrorCode::Validation, Outcome::NotApplied);
+  CHECK(mentions(put.error(), "413 Request Entity Too Large"));
+  CHECK(setup.etcd->count(kPut) == 1);
+  CHECK(warnings == 0);
+}
+
+TEST_CASE("client: http that was spoken to an https port is named as that") {
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always(kPut, answer(400, "Client sent an HTTP request to an HTTPS server.\n"));
+  CHECK(mentions(client.put("a", "b").error(), "http spoken to an https port"));
+}
+
+TEST_CASE("client: a stranger's bytes forge no lines of a log") {
+  const std::string evil = "busy\r\nERROR all is lost\n\x1b[31mred\xc2\x9b" + std::string(1, '\0');
+  const std::string tame = "busy\\x0d\\x0aERROR all is lost\\x0a\\x1b[31mred\xc2\\x9b";
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->always(kPut, answer(503, evil));
+  CHECK(mentions(client.put("a", "b").error(), "\"" + tame + "\\x00\""));
+  setup.etcd->always(kPut, answer(200, evil));
+  CHECK(mentions(client.put("a", "b").error(), "\"" + tame + "\\x00\""));
+  setup.etcd->always(kPut, answer(500, json{{"code", 2}, {"message", "no\nway\x1b"}}.dump()));
+  CHECK(mentions(client.put("a", "b").error(), "no\\x0away\\x1b"));
+}
+
+TEST_CASE("client: what a transport throws is an error of that one call") {
+  const Answer throws = [](const auto&, const auto&, const auto&) -> Result<HttpResponse> {
+    throw std::runtime_error("the transport says no");
+  };
+  Setup setup;
+  auto& client = setup.client();
+  setup.etcd->next(kPut, throws);
+  const auto put = client.put("a", "b");
+  check_error(put, ErrorCode::Connection, Outcome::MaybeApplied);
+  CHECK(mentions(put.error(), "the transport says no"));
+  CHECK(client.put("a", "b"));
+
+  Setup login;  // the first login is lost, and the next one is not
+  login.options.username = "joe";
+  login.options.password = "secret";
+  login.options.retry_config.max_attempts = 1;
+  login.etcd->always(kLogin, ok(login_reply("t")));
+  login.etcd->next(kLogin, throws);
+  const auto connected = Coordinator::connect(login.options);
+  check_error(connected, ErrorCode::Connection, Outcome::NotApplied);
+  CHECK(mentions(connected.error(), "the transport says no"));
+
+  Setup watched;  // a stream that throws is a stream that has ended
+  auto& watcher = watched.client();
+  watched.etcd->next("/v3/watch", throws);
+  watched.etcd->always("/v3/watch", silence());
+  auto watch = watcher.watch("a");
+  CHECK(wait_until([&] { return watched.etcd->count("/v3/watch") >= 2; }, lenient(5s)));
+}
+
 TEST_CASE("client: a client certificate with a CN is named as what it is") {
   Setup setup;
   auto& client = setup.client();

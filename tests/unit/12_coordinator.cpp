@@ -60,7 +60,16 @@ TEST_CASE("options: endpoints as they may be written") {
   CHECK(endpoint_used("https://etcd.example:65535") == "https://etcd.example:65535");
   CHECK(endpoint_used("[::1]:2379") == "http://[::1]:2379");
   CHECK(endpoint_used("https://[fe80::1%25eth0]:2379") == "https://[fe80::1%25eth0]:2379");
+  CHECK(endpoint_used("etcd") == "http://etcd:2379");
+  CHECK(endpoint_used("https://etcd/") == "https://etcd:2379");
+  CHECK(endpoint_used("http://etcd_0.example:01/") == "http://etcd_0.example:1");
+  CHECK(endpoint_used("[::1]") == "http://[::1]:2379");
+  CHECK(endpoint_used("[fe80::1%eth0]/") == "http://[fe80::1%eth0]:2379");
+  CHECK(endpoint_used("\xc3\xb6rtchen:1") == "http://\xc3\xb6rtchen:1");
   TlsOptions tls;
+  tls.ca_pem = "text";
+  CHECK(endpoint_used("etcd:2379", tls) == "https://etcd:2379");
+  tls = {};
   tls.ca_file = "ca.pem";
   CHECK(endpoint_used("etcd:2379", tls) == "https://etcd:2379");
   CHECK(endpoint_used("http://etcd:2379", tls) == "http://etcd:2379");
@@ -69,7 +78,7 @@ TEST_CASE("options: endpoints as they may be written") {
 TEST_CASE("options: endpoints as they may not") {
   const auto etcd = std::make_shared<ScriptedTransport>();
   for (const char* endpoint : {"",
-                               "host",
+                               "/",
                                "host:",
                                ":2379",
                                ":",
@@ -82,13 +91,26 @@ TEST_CASE("options: endpoints as they may not") {
                                "host: 1",
                                "ftp://host:1",
                                "http://",
-                               "https://host",
+                               "https://",
                                "http://:1",
-                               "host:2379/",
+                               "host:2379//",
+                               "https://host//",
+                               "http://https://x:1",
+                               "https://http://x:1",
+                               "unix:///x:1",
+                               "[x]:1",
+                               "[1:2]3]:1",
+                               "[::1]2379",
+                               "[::1%]:1",
+                               "x?a:1",
+                               "x#:1",
+                               "x\\y:1",
+                               "x,y:1",
+                               "x;rm:1",
+                               "a\"b:1",
                                "host:2379/path",
                                "http://host/path:1",
                                "::1:2379",
-                               "[::1]",
                                "[]:1",
                                "ho st:1",
                                "joe@host:1",
@@ -105,6 +127,10 @@ TEST_CASE("options: endpoints as they may not") {
     check_invalid(options, "endpoint");
   }
   auto options = options_with(etcd);
+  options.endpoints = {"a:1,b:2"};
+  check_invalid(options, "the endpoint \"a:1,b:2\" is not one, but several");
+  options.endpoints = {"a\n\x1b[31m:1"};
+  check_invalid(options, "the endpoint \"a\\x0a\\x1b[31m:1\" is not ");
   options.endpoints.clear();
   check_invalid(options, "endpoints");
   CHECK(etcd->count() == 0);
@@ -126,6 +152,9 @@ TEST_CASE("options: everything else that may be wrong") {
       {"password", [](auto& o) { o.password = "secret"; }},
       {"tls", [](auto& o) { o.tls.cert_file = "cert.pem"; }},
       {"tls", [](auto& o) { o.tls.key_file = "key.pem"; }},
+      {"tls", [](auto& o) { o.tls.cert_pem = "text"; }},
+      {"limits", [](auto& o) { o.limits.head = 0; }},
+      {"limits", [](auto& o) { o.limits.body = 0; }},
       {"key_prefix", [](auto& o) { o.key_prefix = "app"; }},
       {"key_prefix", [](auto& o) { o.key_prefix = "/"; }},
       {"key_prefix", [](auto& o) { o.key_prefix = "/app/"; }},
@@ -179,6 +208,22 @@ TEST_CASE("connect: if none answers, the error says why") {
   CHECK(code_of(etcd_error(503, 14, "etcdserver: no leader")) == "SERVICE_UNAVAILABLE");
   CHECK(code_of(answer(200, "<html></html>")) == "INTERNAL_ERROR");
   CHECK(code_of(silence()) == "TIMEOUT_ERROR");
+}
+
+TEST_CASE("connect: that nobody verifies the server is said once, and loudly") {
+  std::vector<std::string> warnings;
+  auto options = options_with(std::make_shared<ScriptedTransport>());
+  options.logger = [&](LogLevel level, std::string_view message, const LogFields&) {
+    if (level >= LogLevel::Warn) warnings.emplace_back(message);
+  };
+  CHECK(Coordinator::connect(options));
+  CHECK(warnings.empty());
+  options.tls.verify_server = false;
+  auto connected = Coordinator::connect(options);
+  REQUIRE(connected);
+  CHECK(connected.value().client().get("a").error().code == ErrorCode::NotFound);
+  REQUIRE(warnings.size() == 1);
+  CHECK(warnings[0].find("tls.verify_server is false") == 0);
 }
 
 TEST_CASE("connect: its Context ends it") {

@@ -18,7 +18,7 @@ sockaddr_in loopback() {
 
 }  // namespace
 
-TEST_CASE("tap: what is cut before it is connected cannot be connected") {
+TEST_CASE("connection: what is cut before it is connected is not connected") {
   const int server = ::socket(AF_INET, SOCK_STREAM, 0);
   auto address = loopback();
   socklen_t size = sizeof(address);
@@ -26,28 +26,27 @@ TEST_CASE("tap: what is cut before it is connected cannot be connected") {
   REQUIRE(::bind(server, raw, size) == 0);
   REQUIRE(::listen(server, 1) == 0);
   REQUIRE(::getsockname(server, raw, &size) == 0);
-  coordination::detail::SocketTap tap;
-  tap.cut();
-  const int client = ::socket(AF_INET, SOCK_STREAM, 0);
-  tap.attach(client);
-  CHECK(::connect(client, raw, size) == -1);
-  CHECK(errno == ENOTSOCK);
-  ::close(client);
+  const detail::HostPort to{false, "127.0.0.1", ntohs(address.sin_port)};
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  std::optional<detail::Address> known;
+  {
+    detail::Connection cut;
+    cut.cut();
+    CHECK_FALSE(cut.connect(to, known, deadline));
+    CHECK_FALSE(known);
+  }
+  detail::Connection connection;
+  CHECK(connection.connect(to, known, deadline));
+  CHECK(known);
+  CHECK(connection.is_quiet());
+  const int peer = ::accept(server, nullptr, nullptr);
+  SUBCASE("it says something") { REQUIRE(::send(peer, "x", 1, MSG_NOSIGNAL) == 1); }
+  SUBCASE("it goes") { ::shutdown(peer, SHUT_RDWR); }
+  pollfd readable{connection.socket(), POLLIN, 0};
+  CHECK(::poll(&readable, 1, 5000) == 1);
+  CHECK_FALSE(connection.is_quiet());
+  ::close(peer);
   ::close(server);
-}
-
-TEST_CASE("tap: a connection is quiet until its server says something, or goes") {
-  int pair[2] = {-1, -1};
-  REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-  coordination::detail::SocketTap tap;
-  CHECK_FALSE(tap.is_quiet());  // there is none
-  tap.attach(pair[0]);
-  CHECK(tap.is_quiet());
-  SUBCASE("it says something") { REQUIRE(::send(pair[1], "x", 1, MSG_NOSIGNAL) == 1); }
-  SUBCASE("it goes") { ::shutdown(pair[1], SHUT_RDWR); }
-  CHECK_FALSE(tap.is_quiet());
-  ::close(pair[0]);
-  ::close(pair[1]);
 }
 
 #endif
