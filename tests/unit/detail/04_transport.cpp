@@ -26,16 +26,16 @@ TEST_CASE("connection: what is cut before it is connected is not connected") {
   REQUIRE(::bind(server, raw, size) == 0);
   REQUIRE(::listen(server, 1) == 0);
   REQUIRE(::getsockname(server, raw, &size) == 0);
-  const detail::HostPort to{false, "127.0.0.1", ntohs(address.sin_port)};
+  const coordination::detail::HostPort to{false, "127.0.0.1", ntohs(address.sin_port)};
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
-  std::optional<detail::Address> known;
+  std::optional<coordination::detail::Address> known;
   {
-    detail::Connection cut;
-    cut.cut();
-    CHECK_FALSE(cut.connect(to, known, deadline));
+    coordination::detail::Connection early;
+    early.cut();
+    CHECK_FALSE(early.connect(to, known, deadline));
     CHECK_FALSE(known);
   }
-  detail::Connection connection;
+  coordination::detail::Connection connection;
   CHECK(connection.connect(to, known, deadline));
   CHECK(known);
   CHECK(connection.is_quiet());
