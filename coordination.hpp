@@ -25,14 +25,19 @@
 // Errors:   nothing throws but Result::value(). A write that failed says in Error::outcome
 //           whether etcd may have applied it all the same.
 // Threads:  every class may be used from several threads unless it says otherwise. A Coordinator
-//           runs at most 10 threads of its own, started when they are needed: 1 for timers, 1 for
-//           lease renewals, 1 for background work, 2 for callbacks and 5 for watch streams. Who
-//           waits for a lock or an election waits on a stream of its own, in the caller's thread.
+//           runs at most 18 threads of its own, started when they are needed: 1 for timers, 3 for
+//           lease renewals, 3 for second attempts, 1 for logins, 1 for background work, 2 for
+//           callbacks, 2 for on_lost and 5 for watch streams. Who waits for a lock or an election
+//           waits on a stream of its own, in the caller's thread.
 // Handlers: run on the callback threads, in order and one at a time per handle, never under a
 //           lock of the library. They may call anything and may destroy their own handle. Once a
 //           handle's destructor, its cancel() or the Coordinator's close() has returned, its
 //           handlers run no more (unless it was called from inside one, or from a handler that
-//           is itself waited for in one). What a handler throws is caught and logged.
+//           is itself waited for in one). What a handler throws is caught and logged. Handlers
+//           that are set add up: each is kept as long as its handle, and told.
+// Handles:  move-only, and their destructors give back what they hold. One that was moved from, or
+//           that a child of fork() has from its parent, holds nothing: its calls say Cancelled.
+// Exit:     what was not closed is closed by exit(), before anything static is destroyed.
 
 // == A. Configuration ===========================================================================
 
@@ -208,8 +213,67 @@ class [[nodiscard]] Result<void> {
 // == 2. Execution ===============================================================================
 
 namespace detail {
+
 struct ContextState;
 struct CancelHook;
+
+Error closed_error();
+/// Another number in every child of fork().
+unsigned this_process();
+/// Keeps for ever what another process has made: its threads are not here, and its mutexes may be
+/// locked.
+void bury(std::shared_ptr<void> state);
+
+/// A share of a state of this process. Where there is none, since it was moved from or is another
+/// process's, it stands for stand_in(), one that is closed.
+template <class State>
+class Share {
+ public:
+  Share() = default;
+  explicit Share(std::shared_ptr<State> state)
+      : state_(std::move(state)), process_(this_process()) {}
+  Share(const Share&) = default;
+  Share(Share&&) noexcept = default;
+  Share& operator=(Share other) noexcept { return swap(other), *this; }
+  ~Share() {
+    if (state_ && !mine()) bury(std::move(state_));
+  }
+
+  /// Null where there is none.
+  State* mine() const { return process_ == this_process() ? state_.get() : nullptr; }
+  const std::shared_ptr<State>& get() const {
+    return mine() ? state_ : stand_in(static_cast<State*>(nullptr));
+  }
+  operator const std::shared_ptr<State>&() const { return get(); }
+  State* operator->() const { return get().get(); }
+  State& operator*() const { return *get(); }
+
+  void swap(Share& other) noexcept {
+    state_.swap(other.state_);
+    std::swap(process_, other.process_);
+  }
+
+ protected:
+  std::shared_ptr<State> state_;
+  unsigned process_{0};
+};
+
+/// The Share of the one who owns: move-only, and let_go() is called at its end.
+template <class State>
+class Handle : public Share<State> {
+ public:
+  using Share<State>::Share;
+  Handle(Handle&&) noexcept = default;
+  Handle& operator=(Handle&& other) noexcept {
+    Handle taken(std::move(other));
+    this->swap(taken);
+    return *this;
+  }
+  ~Handle() {
+    if (this->mine()) let_go(this->state_);
+  }
+};
+
 }  // namespace detail
 
 /// How long a call may take, and a way to end it from another thread.
@@ -269,6 +333,8 @@ class Clock {
   virtual time_point now() const = 0;
   /// Calls `wake` after every jump of time until `wake` returns false. A real clock never jumps.
   virtual void on_jump(std::function<bool()> wake) { static_cast<void>(wake); }
+  /// Asks `next`, until it returns nothing, when something is to be done; no jump goes beyond.
+  virtual void on_due(std::function<std::optional<time_point>()> next) { static_cast<void>(next); }
 };
 
 /// A Clock that stands still until it is told to move: for tests.
@@ -277,13 +343,17 @@ class ManualClock : public Clock {
   ManualClock();
   time_point now() const override { return read(); }
   void on_jump(std::function<bool()> wake) override { listen(std::move(wake)); }
-  /// Moves time and wakes whatever was waiting for it.
+  void on_due(std::function<std::optional<time_point>()> next) override { ask(std::move(next)); }
+  /// Moves time, from one thing that is due to the next, and returns when the Coordinators on this
+  /// clock have done it: renewals are answered, handlers told.
+  /// Blocks: two seconds at most for what does not end (a handler, a request without an answer).
   void advance(milliseconds by);
 
  private:
   struct State;
   time_point read() const;
   void listen(std::function<bool()> wake);
+  void ask(std::function<std::optional<time_point>()> next);
   std::shared_ptr<State> state_;
 };
 
@@ -532,7 +602,8 @@ class Watch;
 
 namespace detail {
 struct ClientState;
-}
+const std::shared_ptr<ClientState>& stand_in(ClientState*);
+}  // namespace detail
 
 /// etcd in its own vocabulary: bytes in, bytes out, keys as they are (no prefix is added).
 /// It goes on to the next member when one fails, logs in, and repeats what is safe to repeat.
@@ -565,33 +636,31 @@ class Client {
   explicit Client(std::shared_ptr<detail::ClientState> state) : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::ClientState> state_;
+  detail::Share<detail::ClientState> state_;
 };
 
 // == 6. Lease ===================================================================================
 
 namespace detail {
 struct LeaseState;
-}
+const std::shared_ptr<LeaseState>& stand_in(LeaseState*);
+void let_go(const std::shared_ptr<LeaseState>& lease);
+}  // namespace detail
 
 /// A lease that is kept alive. Move-only; the destructor revokes it, and with it its keys.
 ///
 /// It is renewed at a third of the granted TTL, together with all others in one request. It is
 /// lost when etcd says so, or when TTL has passed since the last successful renewal was *sent*
 /// (etcd may count from later, never from earlier).
-class Lease {
+class [[nodiscard]] Lease {
  public:
-  Lease(Lease&&) noexcept = default;
-  Lease& operator=(Lease&& other) noexcept;
-  ~Lease();
-
   std::int64_t id() const;
   /// The TTL that etcd has granted.
   milliseconds ttl() const;
   /// True while the lease is certainly alive. Local: no request is sent.
   bool held() const;
   /// Calls `handler` once when the lease is lost, also if that has happened already. Not after
-  /// revoke or detach.
+  /// revoke or detach. A handler that is set later adds to those before.
   void on_lost(std::function<void(const Error&)> handler);
   /// What etcd says is left.
   Result<milliseconds> remaining(Context ctx = {});
@@ -605,7 +674,7 @@ class Lease {
   explicit Lease(std::shared_ptr<detail::LeaseState> state) : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::LeaseState> state_;
+  detail::Handle<detail::LeaseState> state_;
 };
 
 // == 7. Watch ===================================================================================
@@ -644,6 +713,10 @@ class EventSource {
   virtual Result<Event> next(const Context& ctx) = 0;
   virtual void cancel() = 0;
 };
+template <class Event>
+void let_go(const std::shared_ptr<EventSource<Event>>& source) {
+  source->cancel();
+}
 }  // namespace detail
 
 /// Events, one after the other: in order, each once, none left out, whatever happens to the
@@ -654,25 +727,17 @@ class EventSource {
 /// come in one piece, and goes on from where it stopped when they have been read.
 /// Threads: one reader at a time; cancel() from any thread.
 template <class Event>
-class Watch {
+class [[nodiscard]] Watch {
  public:
   class iterator;
-
-  Watch(Watch&&) noexcept = default;
-  Watch& operator=(Watch&& other) noexcept {
-    if (this != &other) cancel();
-    source_ = std::move(other.source_);
-    return *this;
-  }
-  ~Watch() { cancel(); }
 
   /// Blocks: until there is an event or `ctx` is done.
   /// Errors: Timeout and Cancelled of `ctx` end nothing, call again. Cancelled after cancel() and
   ///         close(). Compacted only from Client::watch: events are missing, the watch has ended.
   ///         PermissionDenied ends it, too.
   Result<Event> next(Context ctx = {}) {
-    if (!source_) return Error{ErrorCode::Cancelled, "the watch has been moved from", "", {}};
-    return source_->next(ctx);
+    auto* source = source_.mine();
+    return source ? source->next(ctx) : detail::closed_error();
   }
 
   /// For (auto& event : watch): until the watch ends.
@@ -681,13 +746,13 @@ class Watch {
 
   /// Ends the watch and wakes its reader.
   void cancel() {
-    if (source_) source_->cancel();
+    if (auto* source = source_.mine()) source->cancel();
   }
 
   explicit Watch(std::shared_ptr<detail::EventSource<Event>> source) : source_(std::move(source)) {}
 
  private:
-  std::shared_ptr<detail::EventSource<Event>> source_;
+  detail::Handle<detail::EventSource<Event>> source_;
 };
 
 template <class Event>
@@ -724,49 +789,48 @@ class SubscriptionState {
   virtual void cancel() = 0;
   virtual void on_end(std::function<void(const Error&)> handler) = 0;
 };
+inline void let_go(const std::shared_ptr<SubscriptionState>& state) { state->cancel(); }
 }  // namespace detail
 
 /// A handler that is called with events. Move-only; after its destructor no handler runs.
-class Subscription {
+class [[nodiscard]] Subscription {
  public:
   Subscription() = default;
-  Subscription(Subscription&&) noexcept = default;
-  Subscription& operator=(Subscription&& other) noexcept {
-    if (this != &other) cancel();
-    state_ = std::move(other.state_);
-    return *this;
-  }
-  ~Subscription() { cancel(); }
 
   /// Called once, after the last event, when the watch ends though nobody has cancelled it (also
   /// when that was before on_end()): Compacted, of Client::watch only: etcd has discarded events
   /// that it has not had; PermissionDenied. Threads: as the handler of the events.
   void on_end(std::function<void(const Error&)> handler) {
-    if (state_) state_->on_end(std::move(handler));
+    if (auto* state = state_.mine()) state->on_end(std::move(handler));
   }
 
   /// Blocks: until a handler that is running in another thread has returned.
   void cancel() {
-    if (state_) state_->cancel();
+    if (auto* state = state_.mine()) state->cancel();
   }
 
   explicit Subscription(std::shared_ptr<detail::SubscriptionState> state)
       : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::SubscriptionState> state_;
+  detail::Handle<detail::SubscriptionState> state_;
 };
 
 // == 8. Lock ====================================================================================
 
 namespace detail {
 struct CoordinatorState;
+const std::shared_ptr<CoordinatorState>& stand_in(CoordinatorState*);
+void let_go(const std::shared_ptr<CoordinatorState>& state);
 struct OwnedKey;
+const std::shared_ptr<OwnedKey>& stand_in(OwnedKey*);
+void let_go(const std::shared_ptr<OwnedKey>& owned);
 }  // namespace detail
 
-/// A lock that is held: exclusive, shared, or a permit of a semaphore. Move-only.
+/// What Lock and Leadership have in common: a key in etcd that is ours as long as its lease lives.
+/// Move-only.
 ///
-/// It renews itself at a third of the granted TTL until it is unlocked. It is lost when its lease
+/// It renews itself at a third of the granted TTL until it is given up. It is lost when its lease
 /// is gone, when somebody deletes its key, or when TTL has passed since the last successful
 /// renewal was sent; then renewing stops, the lease is revoked and on_lost is told, once.
 ///
@@ -774,25 +838,43 @@ struct OwnedKey;
 /// request in flight). What must not be written by two holders needs the fencing token: in etcd
 /// write with put(), remove() or commit() of this class or add guard() to a Txn; elsewhere let
 /// the resource refuse a token lower than the highest it has seen.
-class Lock {
+class [[nodiscard]] HeldKey {
  public:
-  Lock(Lock&&) noexcept = default;
-  Lock& operator=(Lock&& other) noexcept;
-  /// Unlocks. Blocks: half a second at most; then it is done in the background, or by the TTL. Also
-  ///         until a handler of on_lost that is running in another thread has returned.
-  ~Lock();
-
   /// The key that this holder owns: `<key_prefix>/locks/<key>/<lease in hex>`.
   const std::string& key() const;
-  /// Greater for every later holder of the same lock: the create revision of key().
+  /// Greater for every later holder of the same lock or office: the create revision of key().
   std::int64_t fencing_token() const;
-  /// True while the lock is certainly ours. Local: no request is sent.
+  /// True while the key is certainly ours. Local: no request is sent.
   bool held() const;
-  /// Calls `handler` once when the lock is lost, also if that has happened already. Not after
-  /// unlock.
+  /// Calls `handler` once when the key is lost, also if that has happened already. Not after
+  /// it was given up. A handler that is set later adds to those before; all of them live as long
+  /// as this handle. No other handlers delay it but those of other losses.
   void on_lost(std::function<void(const Error&)> handler);
-  /// True in a Txn exactly while the lock is ours.
+  /// True in a Txn exactly while the key is ours.
   Compare guard() const;
+
+  /// Writes that take place only while the key is ours. Errors: Lost if it was not.
+  Result<PutResponse> put(std::string key, std::string value, Context ctx = {});
+  Result<RemoveResponse> remove(std::string key, Context ctx = {});
+  /// `txn` as Client::commit does it, inside the guard. One with compares of its own is nested in
+  /// the guard's, and may have one operation less than etcd allows (128 by default).
+  /// Errors: Lost if the guard did not hold; then nothing was done.
+  Result<TxnResponse> commit(Txn txn, Context ctx = {});
+
+  explicit HeldKey(std::shared_ptr<detail::OwnedKey> state) : state_(std::move(state)) {}
+
+ protected:
+  detail::Handle<detail::OwnedKey> state_;
+};
+
+/// A lock that is held: exclusive, shared, or a permit of a semaphore. The destructor unlocks.
+/// Blocks: the destructors of a Coordinator's handles and its close() for a second altogether while
+///         etcd does not answer; then it is done in the background, or by the TTL. Also until a
+///         handler of on_lost that is running in another thread has returned; who is waited for
+///         is logged after ten seconds.
+class [[nodiscard]] Lock : public HeldKey {
+ public:
+  using HeldKey::HeldKey;
 
   /// Deletes key(), nobody else's.
   /// Errors: Lost if it was gone; Validation if it was unlocked before. After any other error the
@@ -803,22 +885,10 @@ class Lock {
   Result<void> renew(milliseconds ttl, Context ctx = {});
   /// What is left, as etcd says. Errors: Lost.
   Result<milliseconds> ttl(Context ctx = {});
-
-  /// Writes that take place only while the lock is ours. Errors: Lost if it was not.
-  Result<PutResponse> put(std::string key, std::string value, Context ctx = {});
-  Result<RemoveResponse> remove(std::string key, Context ctx = {});
-  /// `txn` as Client::commit does it, inside the guard. Errors: Lost if the guard did not hold;
-  /// then nothing was done.
-  Result<TxnResponse> commit(Txn txn, Context ctx = {});
-
-  explicit Lock(std::shared_ptr<detail::OwnedKey> state) : state_(std::move(state)) {}
-
- private:
-  std::shared_ptr<detail::OwnedKey> state_;
 };
 
 /// A counting semaphore: at most `permits` holders, first come, first served.
-class Semaphore {
+class [[nodiscard]] Semaphore {
  public:
   /// Blocks: until there is a permit or `ctx` is done, as DistributedLock::acquire.
   Result<Lock> acquire(milliseconds ttl, Context ctx = {});
@@ -829,7 +899,7 @@ class Semaphore {
       : state_(std::move(state)), key_(std::move(key)), permits_(permits) {}
 
  private:
-  std::shared_ptr<detail::CoordinatorState> state_;
+  detail::Share<detail::CoordinatorState> state_;
   std::string key_;
   int permits_;
 };
@@ -869,7 +939,7 @@ class DistributedLock {
       : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::CoordinatorState> state_;
+  detail::Share<detail::CoordinatorState> state_;
 };
 
 // == 9. Election ================================================================================
@@ -883,28 +953,15 @@ struct LeaderInfo {
   bool exists() const { return !key.empty(); }
 };
 
-/// An office that is held. Move-only; the destructor resigns. Loss and fencing are as for Lock.
-class Leadership {
+/// An office that is held. The destructor resigns, and blocks as that of Lock does.
+class [[nodiscard]] Leadership : public HeldKey {
  public:
-  Leadership(Leadership&&) noexcept = default;
-  Leadership& operator=(Leadership&& other) noexcept;
-  ~Leadership();
-
-  const std::string& key() const;
-  std::int64_t fencing_token() const;
-  bool held() const;
-  void on_lost(std::function<void(const Error&)> handler);
-  Compare guard() const;
+  using HeldKey::HeldKey;
 
   /// Announces a new value. Errors: Lost.
   Result<void> proclaim(std::string value, Context ctx = {});
   /// Errors: Lost if the office was gone; Validation if it was given up before.
   Result<void> resign(Context ctx = {});
-
-  explicit Leadership(std::shared_ptr<detail::OwnedKey> state) : state_(std::move(state)) {}
-
- private:
-  std::shared_ptr<detail::OwnedKey> state_;
 };
 
 /// Elections by name, under `<key_prefix>/elections/<name>`; candidates of `etcdctl elect` and
@@ -925,7 +982,7 @@ class Election {
   explicit Election(std::shared_ptr<detail::CoordinatorState> state) : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::CoordinatorState> state_;
+  detail::Share<detail::CoordinatorState> state_;
 };
 
 // == 10. Registry ===============================================================================
@@ -970,16 +1027,14 @@ struct RegisterOptions {
 
 namespace detail {
 struct ViewCore;
-}
+const std::shared_ptr<ViewCore>& stand_in(ViewCore*);
+void let_go(const std::shared_ptr<ViewCore>& view);
+}  // namespace detail
 
 /// The instances of one service, kept up to date. Move-only.
-class ServiceView {
+class [[nodiscard]] ServiceView {
  public:
   enum class Pick { RoundRobin, Random };
-
-  ServiceView(ServiceView&&) noexcept = default;
-  ServiceView& operator=(ServiceView&& other) noexcept;
-  ~ServiceView();
 
   /// All instances at one revision, by id. Local: no request is sent.
   std::vector<ServiceInfo> instances() const;
@@ -993,13 +1048,14 @@ class ServiceView {
   bool connected() const;
   /// How long ago etcd was last heard of; zero while connected.
   milliseconds age() const;
-  /// Calls `handler` after every change; several changes may be told in one call.
+  /// Calls `handler` after every change; several changes may be told in one call. At first also
+  /// for those that came before it was set. A handler that is set later adds to those before.
   void on_change(std::function<void()> handler);
 
-  explicit ServiceView(std::shared_ptr<detail::ViewCore> core);
+  explicit ServiceView(std::shared_ptr<detail::ViewCore> core) : core_(std::move(core)) {}
 
  private:
-  std::shared_ptr<detail::ViewCore> core_;
+  detail::Handle<detail::ViewCore> core_;
 };
 
 /// Services by name. A name or id is one segment: not empty, no '/', not `.` or `..`.
@@ -1035,7 +1091,7 @@ class ServiceRegistry {
       : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::CoordinatorState> state_;
+  detail::Share<detail::CoordinatorState> state_;
 };
 
 // == 11. Config =================================================================================
@@ -1080,12 +1136,8 @@ Result<T> convert(const Json& json, const std::string& key) {
 }  // namespace detail
 
 /// The configuration under a prefix, kept up to date. Move-only.
-class ConfigView {
+class [[nodiscard]] ConfigView {
  public:
-  ConfigView(ConfigView&&) noexcept = default;
-  ConfigView& operator=(ConfigView&& other) noexcept;
-  ~ConfigView();
-
   /// Local: no request is sent. Errors: NotFound.
   Result<nlohmann::json> get(const std::string& key) const;
   Result<ConfigEntry> get_entry(const std::string& key) const;
@@ -1105,10 +1157,10 @@ class ConfigView {
   milliseconds age() const;
   void on_change(std::function<void()> handler);
 
-  explicit ConfigView(std::shared_ptr<detail::ViewCore> core);
+  explicit ConfigView(std::shared_ptr<detail::ViewCore> core) : core_(std::move(core)) {}
 
  private:
-  std::shared_ptr<detail::ViewCore> core_;
+  detail::Handle<detail::ViewCore> core_;
 };
 
 /// Configuration by key, under `<key_prefix>/config/<key>`. Keys are as for DistributedLock.
@@ -1163,7 +1215,7 @@ class ConfigCenter {
       : state_(std::move(state)) {}
 
  private:
-  std::shared_ptr<detail::CoordinatorState> state_;
+  detail::Share<detail::CoordinatorState> state_;
 };
 
 // == 12. Coordinator ============================================================================
@@ -1175,7 +1227,7 @@ CoordinatorOptions default_coordinator_options();
 Result<void> validate(const CoordinatorOptions& options);
 
 /// The three services and the election over one etcd cluster. Move-only; the destructor closes.
-class Coordinator {
+class [[nodiscard]] Coordinator {
  public:
   /// Checks the options, tries every endpoint until one answers, and logs in.
   /// Errors: Validation; PermissionDenied; Connection, Timeout or Unavailable if no member served.
@@ -1184,26 +1236,31 @@ class Coordinator {
   /// A Coordinator over a new MemoryEtcd: no server is needed, and nothing outlives the process.
   static Coordinator in_memory();
 
-  Coordinator(Coordinator&&) noexcept = default;
-  Coordinator& operator=(Coordinator&& other) noexcept;
-  ~Coordinator();
+  // Copies of them may outlive the Coordinator; after a move they are the new one's.
+  DistributedLock& lock() & { return lock_; }
+  ServiceRegistry& registry() & { return registry_; }
+  ConfigCenter& config() & { return config_; }
+  Election& election() & { return election_; }
+  Client& client() & { return client_; }
+  // A temporary would be closed before what it made is used.
+  DistributedLock& lock() && = delete;
+  ServiceRegistry& registry() && = delete;
+  ConfigCenter& config() && = delete;
+  Election& election() && = delete;
+  Client& client() && = delete;
 
-  DistributedLock& lock() { return lock_; }
-  ServiceRegistry& registry() { return registry_; }
-  ConfigCenter& config() { return config_; }
-  Election& election() { return election_; }
-  Client& client() { return client_; }
-
-  /// Gives back all locks, leaderships and registrations, ends all watches and calls, and joins
-  /// its threads. Handles that still exist answer Cancelled from then on. May be repeated.
+  /// Gives back all locks, leaderships and registrations, ends all watches and calls, joins its
+  /// threads and closes its connections. Handles that still exist answer Cancelled from then on.
+  /// May be repeated: all but those who call it from a handler of this Coordinator wait.
   /// Blocks: a second at most, whatever the network does; leases not revoked by then expire. Only
-  ///         a handler of the user's that does not return is waited for longer.
+  ///         a handler of the user's that does not return is waited for longer, and logged after
+  ///         ten seconds.
   Result<void> close();
 
   explicit Coordinator(std::shared_ptr<detail::CoordinatorState> state);
 
  private:
-  std::shared_ptr<detail::CoordinatorState> state_;
+  detail::Handle<detail::CoordinatorState> state_;
   DistributedLock lock_;
   ServiceRegistry registry_;
   ConfigCenter config_;
@@ -1251,7 +1308,8 @@ class MemoryStore;
 ///   options.transport = std::make_shared<MemoryEtcd>();
 ///
 /// It speaks the JSON gateway of etcd 3.5. Several Coordinators may share one, as several
-/// processes share one etcd; each is known by its endpoints: "a:1" and "b:1" do.
+/// processes share one etcd; each is known by its endpoints: "a:1" and "b:1" do. Of more than
+/// 100,000 changes it discards the older half, as a compaction does.
 class MemoryEtcd : public Transport {
  public:
   MemoryEtcd();
@@ -1268,7 +1326,7 @@ class MemoryEtcd : public Transport {
   /// A MemoryEtcd whose time stands still until advance() is called, and its clock.
   static std::shared_ptr<MemoryEtcd> manual_clock();
   std::shared_ptr<Clock> clock() const;
-  /// Of manual_clock(): moves time; leases that ran out are gone when it returns.
+  /// Of manual_clock(): as ManualClock::advance; leases that ran out are gone when it returns.
   void advance(milliseconds by);
 
   // Faults. Requests are numbered from 1 in the order in which they came (streams count when they
@@ -1364,6 +1422,10 @@ class MemoryEtcd : public Transport {
 
 #include <nlohmann/json.hpp>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #if COORDINATION_USE_HTTPLIB
 #if !__has_include(<httplib.h>)
 #error "coordination.hpp needs cpp-httplib (libcpp-httplib-dev), or COORDINATION_USE_HTTPLIB 0"
@@ -1379,7 +1441,6 @@ class MemoryEtcd : public Transport {
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <pthread.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -1472,7 +1533,11 @@ COORDINATION_API std::string printable(std::string_view bytes) {
 }
 
 COORDINATION_API Error closed_error() {
-  return make_error(ErrorCode::Cancelled, "the coordinator is closed");
+  bool is_child = this_process() > 1;
+  return make_error(
+      ErrorCode::Cancelled,
+      is_child ? "the coordinator is closed, was moved from, or was made in another process"
+               : "the coordinator is closed, or was moved from");
 }
 
 /// Calls `fn`; what it throws ends here, as text.
@@ -1504,6 +1569,44 @@ using std::chrono::steady_clock;
 
 /// No deadline is later: sums of times do not overflow.
 inline constexpr milliseconds kLongest = std::chrono::hours(24 * 365);
+
+COORDINATION_API unsigned this_process() {
+  static std::atomic<unsigned> number{1};
+#if !defined(_WIN32)
+  static const int kCounted = ::pthread_atfork(nullptr, nullptr, [] { ++number; });
+  static_cast<void>(kCounted);
+#endif
+  return number;
+}
+
+/// One T for each process: a child of fork() must neither wait for what its parent has locked nor
+/// draw the same random numbers. Never destroyed: what is static may close after everything else.
+template <class T>
+T& process_wide() {
+  struct Node {
+    T value{};
+    unsigned process{this_process()};
+    Node* before{nullptr};
+  };
+  static std::atomic<Node*> latest{nullptr};
+  Node* found = latest;
+  while (!found || found->process != this_process()) {
+    auto fresh = std::make_unique<Node>();
+    fresh->before = found;
+    if (latest.compare_exchange_strong(found, fresh.get())) found = fresh.release();
+  }
+  return found->value;
+}
+
+COORDINATION_API void bury(std::shared_ptr<void> state) {
+  struct Graves {
+    std::mutex mutex;
+    std::vector<std::shared_ptr<void>> states;
+  };
+  auto& graves = process_wide<Graves>();
+  std::lock_guard<std::mutex> lock(graves.mutex);
+  graves.states.push_back(std::move(state));
+}
 
 struct ContextState {
   std::mutex mutex;
@@ -1621,8 +1724,9 @@ COORDINATION_API void raise_to(std::atomic<std::int64_t>& to, std::int64_t value
   }
 }
 
-COORDINATION_API std::mt19937_64& random_engine() {
+COORDINATION_API std::uint64_t random_number() {
   struct Seeded {
+    std::mutex mutex;
     std::mt19937_64 engine;
     Seeded() {
       std::random_device device;
@@ -1630,14 +1734,9 @@ COORDINATION_API std::mt19937_64& random_engine() {
       engine.seed(seed);
     }
   };
-  static Seeded seeded;
-  return seeded.engine;
-}
-
-COORDINATION_API std::uint64_t random_number() {
-  static std::mutex mutex;
-  std::lock_guard<std::mutex> lock(mutex);
-  return random_engine()();
+  auto& seeded = process_wide<Seeded>();
+  std::lock_guard<std::mutex> lock(seeded.mutex);
+  return seeded.engine();
 }
 
 /// `time`, up to a quarter less.
@@ -1683,11 +1782,7 @@ class SteadyClock : public Clock {
 /// handles would wait for ever: the one that would close the ring does not wait.
 class HandlerWaits {
  public:
-  static HandlerWaits& all() {
-    // Never destroyed: a Coordinator that is static may close after everything else.
-    static HandlerWaits* const kWaits = std::make_unique<HandlerWaits>().release();  // NOLINT
-    return *kWaits;
-  }
+  static HandlerWaits& all() { return process_wide<HandlerWaits>(); }
 
   /// False: `other` waits for the calling thread, directly or not.
   bool begin(std::thread::id other) {
@@ -1716,6 +1811,31 @@ class HandlerWaits {
   std::multimap<std::thread::id, std::thread::id> waits_;
 };
 
+/// The log, with what every section needs to say there.
+class Log {
+ public:
+  explicit Log(Logger logger) : logger_(std::move(logger)) {}
+  void operator()(LogLevel level, std::string_view message, LogFields fields = {}) const {
+    if (!logger_) return;
+    guarded([&] { logger_(level, message, fields); });
+  }
+
+ private:
+  Logger logger_;
+};
+
+/// Of a handler, for the log.
+using Name = std::shared_ptr<const std::string>;
+
+/// Waits until `ready()`; says after a while for whom.
+template <class Ready, class Who>
+void wait_aloud(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
+                const Log& log, Ready ready, Who who) {
+  if (changed.wait_for(lock, std::chrono::seconds(10), ready)) return;
+  log(LogLevel::Warn, "a handler that does not return is waited for", {{"handler", who()}});
+  changed.wait(lock, ready);
+}
+
 /// A queue of tasks and at most so many threads for them, which come when they are needed and
 /// leave when they have been idle for a while.
 class Lane : public std::enable_shared_from_this<Lane> {
@@ -1725,13 +1845,13 @@ class Lane : public std::enable_shared_from_this<Lane> {
   ~Lane() { reap(std::move(finished_)); }
 
   /// False: there is no thread for it, and none can be had. The task is dropped.
-  bool post(Task task) {
+  bool post(Task task, Name name = nullptr) {
     std::vector<std::thread> finished;
     std::optional<std::string> failed;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (stopped_) return true;
-      tasks_.push_back(std::move(task));
+      tasks_.push_back({std::move(task), std::move(name)});
       if (idle_ >= tasks_.size() || threads_.size() >= most_) {
         wake_.notify_one();
       } else {
@@ -1747,7 +1867,7 @@ class Lane : public std::enable_shared_from_this<Lane> {
 
   /// Drops what has not begun; what is posted later is dropped, too.
   void stop() {
-    std::deque<Task> dropped;
+    std::deque<Work> dropped;
     std::lock_guard<std::mutex> lock(mutex_);
     stopped_ = true;
     dropped.swap(tasks_);
@@ -1755,8 +1875,8 @@ class Lane : public std::enable_shared_from_this<Lane> {
   }
 
   /// Waits until no other thread of this lane runs, but not past `limit`, nor for one that waits
-  /// for this one; what runs on is left to itself.
-  void join(std::optional<SteadyTime> limit) {
+  /// for this one; what runs on is left to itself. Without a limit it says for whom it waits.
+  void join(std::optional<SteadyTime> limit, const Log& log = Log({})) {
     std::unique_lock<std::mutex> lock(mutex_);
     std::vector<std::thread::id> others;
     for (auto& thread : threads_) {
@@ -1768,12 +1888,12 @@ class Lane : public std::enable_shared_from_this<Lane> {
                           [&](auto id) { return threads_.count(id) > 0; });
     };
     if (limit) {
-      gone_.wait_until(lock, *limit, are_gone);
+      changed_.wait_until(lock, *limit, are_gone);
     } else {
-      gone_.wait(lock, are_gone);
+      wait_aloud(changed_, lock, log, are_gone, [&] { return names_of(others); });
     }
     HandlerWaits::all().end();
-    for (auto& thread : threads_) thread.second.detach();
+    for (auto& thread : threads_) thread.second.thread.detach();
     threads_.clear();
     auto finished = std::move(finished_);
     finished_.clear();
@@ -1781,36 +1901,72 @@ class Lane : public std::enable_shared_from_this<Lane> {
     reap(std::move(finished));
   }
 
+  bool runs_here() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return threads_.count(std::this_thread::get_id()) > 0;
+  }
+
+  /// Waits until there is nothing to do, but for what the caller does; false: not by `limit`.
+  bool drain(SteadyTime limit) {
+    if (runs_here()) return true;
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_until(lock, limit,
+                               [this] { return tasks_.empty() && idle_ >= threads_.size(); });
+  }
+
  private:
+  struct Work {
+    Task task;
+    Name name;
+  };
+  struct Worker {
+    std::thread thread;
+    Name does{};
+  };
+
   void add_thread() {
     std::thread thread([self = shared_from_this()] { self->run(); });
     auto id = thread.get_id();
-    threads_.emplace(id, std::move(thread));
+    threads_.emplace(id, Worker{std::move(thread)});
   }
 
   void run() {
     std::unique_lock<std::mutex> lock(mutex_);
+    const auto id = std::this_thread::get_id();
     while (next(lock)) {
-      Task task = std::move(tasks_.front());
+      Work work = std::move(tasks_.front());
       tasks_.pop_front();
+      auto self = threads_.find(id);
+      if (self != threads_.end()) self->second.does = work.name;
       lock.unlock();
-      task();
-      task = nullptr;
+      work.task();
+      work.task = nullptr;
       lock.lock();
     }
-    auto self = threads_.find(std::this_thread::get_id());
+    auto self = threads_.find(id);
     if (self != threads_.end()) {
-      finished_.push_back(std::move(self->second));
+      finished_.push_back(std::move(self->second.thread));
       threads_.erase(self);
     }
-    gone_.notify_all();
+    changed_.notify_all();
   }
 
   bool next(std::unique_lock<std::mutex>& lock) {
     ++idle_;
+    changed_.notify_all();
     wake_.wait_for(lock, std::chrono::seconds(5), [&] { return stopped_ || !tasks_.empty(); });
     --idle_;
     return !stopped_ && !tasks_.empty();
+  }
+
+  std::string names_of(const std::vector<std::thread::id>& threads) const {
+    std::string names;
+    for (auto id : threads) {
+      auto it = threads_.find(id);
+      bool known = it != threads_.end() && it->second.does;
+      if (known) names += (names.empty() ? "" : ", ") + *it->second.does;
+    }
+    return names;
   }
 
   static void reap(std::vector<std::thread> finished) {
@@ -1826,9 +1982,10 @@ class Lane : public std::enable_shared_from_this<Lane> {
   const std::size_t most_;
   const bool may_queue_;
   std::mutex mutex_;
-  std::condition_variable wake_, gone_;
-  std::deque<Task> tasks_;
-  std::map<std::thread::id, std::thread> threads_;
+  std::condition_variable wake_;     // for a thread
+  std::condition_variable changed_;  // a thread is idle, or gone
+  std::deque<Work> tasks_;
+  std::map<std::thread::id, Worker> threads_;
   std::vector<std::thread> finished_;
   std::size_t idle_{0};
   bool stopped_{false};
@@ -1909,13 +2066,14 @@ class Timer {
 };
 
 /// The threads of one Coordinator.
-inline constexpr std::size_t kCallbackThreads = 2;
+inline constexpr std::size_t kCallbackThreads = 2;  // and as many for losses
 inline constexpr std::size_t kMaxStreams = 5;  // one of them only while others are merged into it
 inline constexpr std::size_t kUtmostStreams = 32;
 
 struct Executor : std::enable_shared_from_this<Executor> {
   Timer timer;
   std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
+  std::shared_ptr<Lane> losses{std::make_shared<Lane>(kCallbackThreads)};     // on_lost
   std::shared_ptr<Lane> renewals{std::make_shared<Lane>(3)};  // nothing but lease renewals
   std::shared_ptr<Lane> asides{std::make_shared<Lane>(3)};    // second attempts, and looks
   std::shared_ptr<Lane> logins{std::make_shared<Lane>(1)};
@@ -1924,52 +2082,55 @@ struct Executor : std::enable_shared_from_this<Executor> {
   std::shared_ptr<Lane> streams{std::make_shared<Lane>(kUtmostStreams + 8, false)};
 
   /// Where the system has no thread to give, it tries again.
-  void run(const std::shared_ptr<Lane>& lane, const Task& task) {
-    if (!lane->post(task)) run_at(steady_clock::now() + milliseconds(500), lane, task);
+  void run(const std::shared_ptr<Lane>& lane, const Task& task, const Name& name = nullptr) {
+    if (!lane->post(task, name)) run_at(steady_clock::now() + milliseconds(500), lane, task, name);
   }
-  void run_at(SteadyTime when, const std::shared_ptr<Lane>& lane, const Task& task) {
-    if (when <= steady_clock::now()) return run(lane, task);
-    timer.at(when, [weak = weak_from_this(), lane, task] {
-      if (auto self = weak.lock()) self->run(lane, task);
+  void run_at(SteadyTime when, const std::shared_ptr<Lane>& lane, const Task& task,
+              const Name& name = nullptr) {
+    if (when <= steady_clock::now()) return run(lane, task, name);
+    timer.at(when, [weak = weak_from_this(), lane, task, name] {
+      if (auto self = weak.lock()) self->run(lane, task, name);
     });
   }
 
-  void stop(SteadyTime limit) {
+  /// Waits until there is nothing to do; what has not ended after two seconds, only once.
+  void settle() {
+    auto limit = steady_clock::now() + milliseconds(stuck ? 0 : 2000);
+    bool done = true;
+    for (auto& lane : {renewals, asides, readers, background, losses, callbacks}) {
+      done = lane->drain(limit) && done;
+    }
+    stuck = !done;
+  }
+  std::atomic<bool> stuck{false};
+
+  bool runs_handler_here() const { return callbacks->runs_here() || losses->runs_here(); }
+
+  void stop(SteadyTime limit, const Log& log = Log({})) {
     timer.stop();
-    auto inner = {renewals.get(),   asides.get(),  logins.get(),
-                  background.get(), readers.get(), streams.get()};
-    for (Lane* lane : inner) lane->stop();
-    callbacks->stop();
+    auto soon_over = {renewals, asides, logins, background, readers, streams};
+    auto handlers = {losses, callbacks};
+    for (auto& lane : soon_over) lane->stop();
+    for (auto& lane : handlers) lane->stop();
     timer.join(limit);
-    for (Lane* lane : inner) lane->join(limit);
-    callbacks->join(std::nullopt);
+    for (auto& lane : soon_over) lane->join(limit);
+    for (auto& lane : handlers) lane->join(std::nullopt, log);
   }
 };
 
-/// The log, with what every section needs to say there.
-class Log {
- public:
-  explicit Log(Logger logger) : logger_(std::move(logger)) {}
-  void operator()(LogLevel level, std::string_view message, LogFields fields = {}) const {
-    if (!logger_) return;
-    guarded([&] { logger_(level, message, fields); });
-  }
-
- private:
-  Logger logger_;
-};
-
-/// Runs the handlers of one handle on the callback threads, one at a time and in order.
+/// Runs the handlers of one handle on the threads of a lane, one at a time and in order.
 class Strand : public std::enable_shared_from_this<Strand> {
  public:
-  Strand(std::shared_ptr<Lane> lane, std::shared_ptr<const Log> log)
-      : lane_(std::move(lane)), log_(std::move(log)) {}
+  Strand(std::weak_ptr<Executor> executor, std::shared_ptr<Lane> lane,
+         std::shared_ptr<const Log> log, std::string name)
+      : executor_(std::move(executor)), lane_(std::move(lane)), log_(std::move(log)),
+        name_(std::make_shared<const std::string>(std::move(name))) {}
 
   void post(Task task) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return;
     tasks_.push_back(std::move(task));
-    if (!scheduled_) scheduled_ = lane_->post([self = shared_from_this()] { self->run_one(); });
+    if (!std::exchange(scheduled_, true)) schedule();
   }
 
   /// No handler begins after this has returned.
@@ -1986,11 +2147,19 @@ class Strand : public std::enable_shared_from_this<Strand> {
     shut();
     std::unique_lock<std::mutex> lock(mutex_);
     if (!running_ || !HandlerWaits::all().begin(runner_)) return;
-    idle_.wait(lock, [&] { return !running_; });
+    wait_aloud(
+        idle_, lock, *log_, [this] { return !running_; }, [this] { return *name_; });
     HandlerWaits::all().end();
   }
 
  private:
+  void schedule() {
+    auto executor = executor_.lock();
+    if (executor)
+      executor->run(
+          lane_, [self = shared_from_this()] { self->run_one(); }, name_);
+  }
+
   void run_one() {
     std::unique_lock<std::mutex> lock(mutex_);
     if (tasks_.empty()) {
@@ -2008,11 +2177,14 @@ class Strand : public std::enable_shared_from_this<Strand> {
     lock.lock();
     running_ = false;
     idle_.notify_all();
-    scheduled_ = !tasks_.empty() && lane_->post([self = shared_from_this()] { self->run_one(); });
+    scheduled_ = !tasks_.empty();
+    if (scheduled_) schedule();
   }
 
-  std::shared_ptr<Lane> lane_;
-  std::shared_ptr<const Log> log_;
+  const std::weak_ptr<Executor> executor_;
+  const std::shared_ptr<Lane> lane_;
+  const std::shared_ptr<const Log> log_;
+  const Name name_;
   std::mutex mutex_;
   std::condition_variable idle_;
   std::list<Task> tasks_;
@@ -2020,30 +2192,34 @@ class Strand : public std::enable_shared_from_this<Strand> {
   bool scheduled_{false}, running_{false}, closed_{false};
 };
 
-/// Something that is lost at most once, and a handler that hears of it even if it came late.
+/// Something that is lost at most once, and handlers that hear of it even if they came late.
 class LossSignal {
  public:
+  using Handler = std::function<void(const Error&)>;
   explicit LossSignal(std::shared_ptr<Strand> strand) : strand_(std::move(strand)) {}
 
-  void set_handler(std::function<void(const Error&)> handler) {
+  void add(Handler handler) {
     std::lock_guard<std::mutex> lock(mutex_);
-    handler_ = std::move(handler);
-    tell();
+    if (shut_ || !handler) return;
+    if (error_) return tell(std::move(handler));
+    handlers_.push_back(std::move(handler));
   }
 
   void fire(Error error) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (error_) return;
     error_ = std::move(error);
-    tell();
+    for (auto& handler : handlers_) tell(std::move(handler));
+    handlers_.clear();
   }
 
   /// No handler begins from now on; one that runs is not waited for.
   void shut() {
     strand_->shut();
-    std::function<void(const Error&)> dropped;
+    std::vector<Handler> dropped;
     std::lock_guard<std::mutex> lock(mutex_);
-    dropped.swap(handler_);
+    shut_ = true;
+    dropped.swap(handlers_);
   }
   /// As Strand's.
   void close() {
@@ -2052,18 +2228,15 @@ class LossSignal {
   }
 
  private:
-  void tell() {
-    if (!error_ || !handler_ || told_) return;
-    told_ = true;
-    strand_->post([handler = std::move(handler_), error = *error_] { handler(error); });
-    handler_ = nullptr;
+  void tell(Handler handler) {
+    strand_->post([handler = std::move(handler), error = *error_] { handler(error); });
   }
 
   std::shared_ptr<Strand> strand_;
   std::mutex mutex_;
-  std::function<void(const Error&)> handler_;
+  std::vector<Handler> handlers_;
   std::optional<Error> error_;
-  bool told_{false};
+  bool shut_{false};
 };
 
 }  // namespace detail
@@ -2136,6 +2309,33 @@ struct ManualClock::State {
   std::mutex mutex;
   time_point now{std::chrono::steady_clock::now()};
   std::vector<std::shared_ptr<std::function<bool()>>> listeners;
+  std::vector<std::shared_ptr<std::function<std::optional<time_point>()>>> agendas;
+
+  /// Calls each of them, outside the mutex, and drops those that `is_over`.
+  template <class Fn, class IsOver>
+  void visit(std::vector<std::shared_ptr<Fn>>& all, IsOver is_over) {
+    std::unique_lock<std::mutex> lock(mutex);
+    auto called = all;
+    lock.unlock();
+    called.erase(std::remove_if(called.begin(), called.end(),
+                                [&](const auto& fn) { return !is_over((*fn)()); }),
+                 called.end());
+    lock.lock();
+    for (auto& fn : called) all.erase(std::remove(all.begin(), all.end(), fn), all.end());
+  }
+
+  /// From now to the next thing that is due, or less.
+  Clock::time_point::duration step(Clock::time_point::duration most) {
+    std::unique_lock<std::mutex> lock(mutex);
+    const auto from = now;
+    lock.unlock();
+    auto next = from + most;
+    visit(agendas, [&](const std::optional<time_point>& due) {
+      if (due && *due > from) next = (std::min)(next, *due);
+      return !due;
+    });
+    return next - from;
+  }
 };
 
 COORDINATION_API ManualClock::ManualClock() : state_(std::make_shared<State>()) {}
@@ -2150,19 +2350,23 @@ COORDINATION_API void ManualClock::listen(std::function<bool()> wake) {
   state_->listeners.push_back(std::make_shared<std::function<bool()>>(std::move(wake)));
 }
 
-COORDINATION_API void ManualClock::advance(milliseconds by) {
-  std::vector<std::shared_ptr<std::function<bool()>>> told, gone;
-  {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->now += by;
-    told = state_->listeners;
-  }
-  for (auto& wake : told) {
-    if (!(*wake)()) gone.push_back(wake);
-  }
+COORDINATION_API void ManualClock::ask(std::function<std::optional<time_point>()> next) {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  auto& all = state_->listeners;
-  for (auto& wake : gone) all.erase(std::remove(all.begin(), all.end(), wake), all.end());
+  state_->agendas.push_back(
+      std::make_shared<std::function<std::optional<time_point>()>>(std::move(next)));
+}
+
+COORDINATION_API void ManualClock::advance(milliseconds by) {
+  time_point::duration left = by;
+  do {
+    auto step = state_->step(left);
+    left -= step;
+    {
+      std::lock_guard<std::mutex> lock(state_->mutex);
+      state_->now += step;
+    }
+    state_->visit(state_->listeners, [](bool goes_on) { return !goes_on; });
+  } while (left.count() > 0);
 }
 
 // == 3. Wire ====================================================================================
@@ -4063,12 +4267,18 @@ class HttpEngine : public httplib::ClientImpl {
 };
 
 class HttplibTransport : public Transport {
+  using Held = std::unique_ptr<Connection>;
+
  public:
   HttplibTransport(const TlsOptions& tls, const LimitOptions& limits)
       : tls_(tls), limits_(limits) {}
-  ~HttplibTransport() override {
+  ~HttplibTransport() override { close_idle(); }
+
+  void close_idle() {
     NoSigpipe guard;  // TLS says farewell, perhaps to somebody who has gone
-    idle_.clear();
+    std::map<std::string, std::vector<Held>> closed;  // destroyed outside the lock
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed.swap(idle_);
   }
 
   Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
@@ -4098,7 +4308,6 @@ class HttplibTransport : public Transport {
   }
 
  private:
-  using Held = std::unique_ptr<Connection>;
   static constexpr std::size_t kMostIdle = 16;  // connections per endpoint
 
   struct Exchange {
@@ -4241,7 +4450,13 @@ class HttplibTransport : public Transport {
   std::map<std::string, std::optional<Address>> known_;  // the address that worked the last time
 };
 
+COORDINATION_API void close_idle(Transport& transport) {
+  if (auto* ours = dynamic_cast<HttplibTransport*>(&transport)) ours->close_idle();
+}
+
 #else
+
+COORDINATION_API void close_idle(Transport&) {}
 
 class MissingTransport : public Transport {
  public:
@@ -4619,6 +4834,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   std::shared_ptr<const Log> log;
   Context open;                         // cancelled when the Coordinator closes
   std::atomic<bool> closing{false};     // no new leases from then on
+  std::atomic<std::int64_t> waited{0};  // ms, of destructors, for an etcd that does not answer
   std::shared_ptr<LeaseKeeper> leases;  // of section 6
   std::shared_ptr<WatchHub> watches;    // of section 7
   std::unique_ptr<Members> members;
@@ -5043,7 +5259,7 @@ struct Attempts {
   Outcome outcome() const { return maybe ? Outcome::MaybeApplied : Outcome::NotApplied; }
 
   Error ended(std::string what) const {
-    if (client.open.cancelled()) what = "the coordinator is closed";
+    if (client.open.cancelled()) what = closed_error().message;
     if (ctx.cancelled()) what = call.what + " was cancelled";
     return context_error(bounded, std::move(what), all_reasons(), outcome());
   }
@@ -5594,8 +5810,15 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   /// When the clock has jumped.
   void wake() {
     check_deadlines();
-    schedule(steady_clock::now());
+    auto now = steady_clock::now();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tick_at_ = now;
+    }
+    tick(now);
   }
+  /// When all those are due that are to be renewed together, or one is over.
+  SteadyTime next_due();
   /// Revokes everything until `limit`.
   void close(SteadyTime limit);
 
@@ -5682,7 +5905,8 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const C
   if (!client) return closed_error();
   // The client chooses the id: the same grant sent twice is one lease.
   auto id = static_cast<std::int64_t>(random_number() >> 2) + 1;
-  auto strand = std::make_shared<Strand>(client->executor->callbacks, client->log);
+  auto strand = std::make_shared<Strand>(client->executor, client->executor->losses, client->log,
+                                         "on_lost of the lease " + std::to_string(id));
   auto lease = std::make_shared<LeaseState>(id, client->clock, std::move(strand));
   lease->client = client;
   lease->asked = ttl;
@@ -5995,6 +6219,22 @@ COORDINATION_API void LeaseKeeper::watch_deadline(SteadyTime deadline) {
   });
 }
 
+COORDINATION_API SteadyTime LeaseKeeper::next_due() {
+  auto client = client_.lock();
+  auto next = (SteadyTime::max)();
+  if (!client) return next;
+  auto now = client->clock->now();
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& entry : leases_) {
+    auto& lease = *entry.second;
+    auto renewal = (std::max)(lease.due, lease.deadline() - lease.ttl() * 2 / 3);
+    for (auto time : {renewal, lease.deadline()}) {
+      if (time > now) next = (std::min)(next, time);
+    }
+  }
+  return next;
+}
+
 COORDINATION_API void LeaseKeeper::check_deadlines(std::optional<SteadyTime> when) {
   auto client = client_.lock();
   if (!client) return;
@@ -6156,16 +6396,9 @@ COORDINATION_API Result<Lease> Client::grant(milliseconds ttl, Context ctx) {
   return Lease(std::move(*lease));
 }
 
-COORDINATION_API Lease& Lease::operator=(Lease&& other) noexcept {
-  Lease old(std::move(*this));
-  state_ = std::move(other.state_);
-  return *this;
-}
-
-COORDINATION_API Lease::~Lease() {
-  if (!state_) return;
-  state_->loss.close();
-  state_->client->leases->drop(state_);
+COORDINATION_API void detail::let_go(const std::shared_ptr<LeaseState>& lease) {
+  lease->loss.close();
+  lease->client->leases->drop(lease);
 }
 
 COORDINATION_API std::int64_t Lease::id() const { return state_->id; }
@@ -6173,7 +6406,7 @@ COORDINATION_API milliseconds Lease::ttl() const { return state_->ttl(); }
 COORDINATION_API bool Lease::held() const { return state_->held(); }
 
 COORDINATION_API void Lease::on_lost(std::function<void(const Error&)> handler) {
-  state_->loss.set_handler(std::move(handler));
+  state_->loss.add(std::move(handler));
 }
 
 namespace detail {
@@ -7210,6 +7443,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     return std::chrono::duration_cast<milliseconds>(client_->clock->now() - heard);
   }
   const std::shared_ptr<ClientState>& client() const { return client_; }
+  const std::string& key() const { return request_.key; }
 
   bool deliver(std::vector<WatchEvent> events) override {
     auto port = port_.lock();
@@ -7508,12 +7742,13 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
   /// Before the feed starts.
   void set_handler(Handler handler) {
     auto& client = *feed_->client();
-    strand_ = std::make_shared<Strand>(client.executor->callbacks, client.log);
+    strand_ = std::make_shared<Strand>(client.executor, client.executor->callbacks, client.log,
+                                       "that of a watch of " + feed_->key());
     ended_.emplace(strand_);
     handler_ = std::move(handler);
   }
   void on_end(std::function<void(const Error&)> handler) {
-    if (ended_) ended_->set_handler(std::move(handler));
+    if (ended_) ended_->add(std::move(handler));
   }
 
   Result<void> start(bool include_existing, const Context& ctx) {
@@ -7697,16 +7932,14 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   ViewCore(std::shared_ptr<ClientState> client, WatchRequest request)
       : feed(std::make_shared<RangeFeed>(client, std::move(request),
                                          RangeFeed::Mode::LiveWithValues)),
-        strand(std::make_shared<Strand>(client->executor->callbacks, client->log)) {}
+        strand(std::make_shared<Strand>(client->executor, client->executor->callbacks, client->log,
+                                        "on_change of a view of " + feed->key())) {}
 
   bool push(WatchEvent) override {
     stale = true;
     std::lock_guard<std::mutex> lock(gate.mutex);
-    if (!handler || told) return true;
-    told = true;
-    strand->post([weak = weak_from_this()] {
-      if (auto self = weak.lock()) self->tell();
-    });
+    changed = true;
+    for (auto& handler : handlers) tell(handler);
     return true;
   }
   void moved(std::int64_t revision) override {
@@ -7724,16 +7957,29 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
     if (error.code == ErrorCode::Cancelled) return;
     (*feed->client()->log)(LogLevel::Error, "a view has ended", {{"cause", to_string(error)}});
   }
-  void tell() {
-    std::unique_lock<std::mutex> lock(gate.mutex);
-    told = false;
-    auto call = handler;
-    lock.unlock();
-    if (call) call();
+  struct Handler {
+    std::function<void()> call;
+    std::atomic<bool> told{false};  // that something has changed
+  };
+  void tell(const std::shared_ptr<Handler>& handler) {
+    if (handler->told.exchange(true)) return;
+    strand->post([handler] {
+      handler->told = false;
+      handler->call();
+    });
   }
-  void set_handler(std::function<void()> fn) {
+  void add_handler(std::function<void()> fn) {
+    if (!fn) return;
+    auto handler = std::make_shared<Handler>();
+    handler->call = std::move(fn);
     std::lock_guard<std::mutex> lock(gate.mutex);
-    handler = std::move(fn);
+    if (changed) tell(handler);
+    if (!end) handlers.push_back(std::move(handler));
+  }
+  /// What is not shown: it is not there, or nobody can tell any more.
+  Error missing(std::string what) {
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    return end ? *end : make_error(ErrorCode::NotFound, std::move(what));
   }
   Result<void> wait_for(std::int64_t revision, const Context& ctx) {
     auto both = join_contexts({&ctx, &feed->client()->open});
@@ -7747,16 +7993,18 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   void close() {
     feed->stop();
     strand->close();
-    set_handler(nullptr);
+    std::list<std::shared_ptr<Handler>> dropped;
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    dropped.swap(handlers);
   }
 
   std::shared_ptr<RangeFeed> feed;
   std::shared_ptr<Strand> strand;
   Gate gate;
-  std::function<void()> handler;
+  std::list<std::shared_ptr<Handler>> handlers;
   std::int64_t shown{0};       // the revision that it stands for
   std::optional<Error> end{};  // why it stands still
-  bool told{false};            // that something has changed
+  bool changed{false};         // since it was made
   std::string prefix{};        // of the keys, taken off before they are shown
   std::function<bool(const std::string&)> shows{};
   std::atomic<std::uint64_t> turn{0};  // of the round robin
@@ -7818,10 +8066,27 @@ struct CoordinatorState {
   std::shared_ptr<ClientState> client;
   std::shared_ptr<RegistryState> registry;  // of section 10
 
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::thread::id closer;  // the mutex guards these
+  bool closed{false};
+
   std::string path(const char* service, const std::string& key) const {
     return client->options.key_prefix + service + key;
   }
 };
+
+/// What a destructor does with etcd: while that does not answer, all of a Coordinator's have half a
+/// second together; what close() has left of one second is its own.
+template <class Fn>
+void within_patience(ClientState& client, Fn fn) {
+  auto left = (std::max)(milliseconds(0), milliseconds(500 - client.waited));
+  auto began = steady_clock::now();
+  auto done = fn(Context::with_timeout(left));
+  if (done || !is_out_of_reach(done.error())) return;
+  auto took = std::chrono::duration_cast<milliseconds>(steady_clock::now() - began);
+  client.waited += took.count();
+}
 
 /// A key is segments joined by '/': none empty, none that a path would resolve.
 COORDINATION_API Result<void> validate_key(const std::string& key, const char* what) {
@@ -7871,7 +8136,8 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   OwnedKey(std::shared_ptr<ClientState> c, std::string k, std::int64_t t, LeasePtr l)
       : client(std::move(c)), key(std::move(k)), token(t),
         written(t), leases{std::move(l)}, lease_ids{leases.front()->id},
-        loss(std::make_shared<Strand>(client->executor->callbacks, client->log)) {
+        loss(std::make_shared<Strand>(client->executor, client->executor->losses, client->log,
+                                      "on_lost of " + key)) {
     ours = Compare::create_revision(key, Compare::Is::Equal, token);
   }
 
@@ -7912,6 +8178,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   /// Follows the lease, and after a while the key.
   void begin() {
+    client->waited = 0;  // etcd answers
     attach(present_lease());
     client->executor->timer.after(kWatchAfter, [weak = weak_from_this()] {
       if (auto self = weak.lock()) self->watch_from(self->token + 1);
@@ -8028,12 +8295,12 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   /// Held -> Released, or why not.
   Result<void> begin_release() {
+    loss.shut();
+    if (client->closing) return closed_error();
     auto was = phase.exchange(Phase::Released);
     client->watches->remove(hub_id);
-    loss.shut();
     if (was == Phase::Released) return invalid(key + " was given up before");
     if (was == Phase::Lost) return lost_error();
-    if (client->closing) return closed_error();
     return {};
   }
 
@@ -8050,6 +8317,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
       give_up_leases();
       return done ? lost_error() : done.error();
     }
+    client->waited = 0;
     std::lock_guard<std::mutex> lock(mutex);
     for (std::size_t i = 1; i < leases.size(); ++i) client->leases->drop(leases[i]);
     client->leases->give_back(leases.front());
@@ -8059,14 +8327,14 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   /// What a handle's destructor does.
   void abandon() {
     if (phase != Phase::Released) {
-      static_cast<void>(release(Context::with_timeout(milliseconds(500))));
+      within_patience(*client, [this](const Context& ctx) { return release(ctx); });
     }
     loss.close();
   }
 
   Result<void> require_held() {
-    if (phase == Phase::Released) return invalid(key + " was given up before");
     if (client->closing) return closed_error();
+    if (phase == Phase::Released) return invalid(key + " was given up before");
     if (!held()) return lost_error();
     return {};
   }
@@ -8115,23 +8383,44 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     return client->leases->drop(*fresh), done.error();
   }
 
-  /// `txn` inside the guard; its answer.
+  /// `txn` inside the guard; its answer. As one flat Txn if it can be: etcd does not count what a
+  /// nested one puts against its quota.
   Result<TxnResponse> guarded_commit(Txn txn, const Context& ctx, Safety safety) {
     auto usable = require_held();
     if (!usable) return usable.error();
+    bool nested = !txn.compare.empty();
     Txn outer;
-    outer.when(ours).then(Op::txn(std::move(txn)));
+    outer.when(ours);
+    if (nested) {
+      outer.then(Op::txn(std::move(txn)));
+    } else {
+      outer.success = std::move(txn.success);
+    }
     auto done = client->commit(outer, safety, ctx);
     if (!done) return done.error();
-    if (!done->succeeded || done->responses.empty()) {
+    if (!done->succeeded) {
       lost("the key was deleted");
       return lost_error();
     }
-    auto* inner = std::get_if<std::shared_ptr<const TxnResponse>>(&done->responses.front());
+    if (!nested) return done;
+    using Inner = std::shared_ptr<const TxnResponse>;
+    auto* inner = done->responses.empty() ? nullptr : std::get_if<Inner>(&done->responses.front());
     if (!inner) return make_error(ErrorCode::Internal, "a nested Txn has no answer");
     TxnResponse answer = **inner;
     answer.revision = done->revision;
     return answer;
+  }
+
+  /// One operation inside the guard.
+  template <class Response>
+  Result<Response> guarded_op(Op op, const Context& ctx) {
+    auto done = guarded_commit(Txn().then(std::move(op)), ctx, Safety::Write);
+    if (!done) return done.error();
+    auto* answer =
+        done->responses.empty() ? nullptr : std::get_if<Response>(&done->responses.front());
+    auto response = answer ? *answer : Response();
+    response.revision = done->revision;
+    return response;
   }
 };
 
@@ -8597,23 +8886,28 @@ COORDINATION_API Result<Lock> Semaphore::try_acquire(milliseconds ttl, Context c
   return detail::as_lock(contender->try_acquire(ctx));
 }
 
-COORDINATION_API Lock& Lock::operator=(Lock&& other) noexcept {
-  Lock old(std::move(*this));
-  state_ = std::move(other.state_);
-  return *this;
+COORDINATION_API void detail::let_go(const std::shared_ptr<OwnedKey>& owned) { owned->abandon(); }
+
+COORDINATION_API const std::string& HeldKey::key() const { return state_->key; }
+COORDINATION_API std::int64_t HeldKey::fencing_token() const { return state_->token; }
+COORDINATION_API bool HeldKey::held() const { return state_->held(); }
+COORDINATION_API void HeldKey::on_lost(std::function<void(const Error&)> handler) {
+  state_->loss.add(std::move(handler));
+}
+COORDINATION_API Compare HeldKey::guard() const { return state_->ours; }
+
+COORDINATION_API Result<PutResponse> HeldKey::put(std::string key, std::string value, Context ctx) {
+  return state_->guarded_op<PutResponse>(Op::put(std::move(key), std::move(value)), ctx);
 }
 
-COORDINATION_API Lock::~Lock() {
-  if (state_) state_->abandon();
+COORDINATION_API Result<RemoveResponse> HeldKey::remove(std::string key, Context ctx) {
+  return state_->guarded_op<RemoveResponse>(Op::remove(std::move(key)), ctx);
 }
 
-COORDINATION_API const std::string& Lock::key() const { return state_->key; }
-COORDINATION_API std::int64_t Lock::fencing_token() const { return state_->token; }
-COORDINATION_API bool Lock::held() const { return state_ && state_->held(); }
-COORDINATION_API void Lock::on_lost(std::function<void(const Error&)> handler) {
-  state_->loss.set_handler(std::move(handler));
+COORDINATION_API Result<TxnResponse> HeldKey::commit(Txn txn, Context ctx) {
+  return state_->guarded_commit(std::move(txn), ctx, detail::Safety::Write);
 }
-COORDINATION_API Compare Lock::guard() const { return state_->ours; }
+
 COORDINATION_API Result<void> Lock::unlock(Context ctx) { return state_->release(ctx); }
 
 COORDINATION_API Result<void> Lock::renew(milliseconds ttl, Context ctx) {
@@ -8630,52 +8924,8 @@ COORDINATION_API Result<milliseconds> Lock::ttl(Context ctx) {
   return left;
 }
 
-COORDINATION_API Result<PutResponse> Lock::put(std::string key, std::string value, Context ctx) {
-  Txn txn;
-  txn.then(Op::put(std::move(key), std::move(value)));
-  auto done = commit(std::move(txn), std::move(ctx));
-  if (!done) return done.error();
-  PutResponse response;
-  response.revision = done->revision;
-  return response;
-}
-
-COORDINATION_API Result<RemoveResponse> Lock::remove(std::string key, Context ctx) {
-  Txn txn;
-  txn.then(Op::remove(std::move(key)));
-  auto done = commit(std::move(txn), std::move(ctx));
-  if (!done) return done.error();
-  RemoveResponse response;
-  auto* removed =
-      done->responses.empty() ? nullptr : std::get_if<RemoveResponse>(&done->responses.front());
-  if (removed) response = *removed;
-  response.revision = done->revision;
-  return response;
-}
-
-COORDINATION_API Result<TxnResponse> Lock::commit(Txn txn, Context ctx) {
-  return state_->guarded_commit(std::move(txn), ctx, detail::Safety::Write);
-}
-
 // == 9. Election ================================================================================
 
-COORDINATION_API Leadership& Leadership::operator=(Leadership&& other) noexcept {
-  Leadership old(std::move(*this));
-  state_ = std::move(other.state_);
-  return *this;
-}
-
-COORDINATION_API Leadership::~Leadership() {
-  if (state_) state_->abandon();
-}
-
-COORDINATION_API const std::string& Leadership::key() const { return state_->key; }
-COORDINATION_API std::int64_t Leadership::fencing_token() const { return state_->token; }
-COORDINATION_API bool Leadership::held() const { return state_ && state_->held(); }
-COORDINATION_API void Leadership::on_lost(std::function<void(const Error&)> handler) {
-  state_->loss.set_handler(std::move(handler));
-}
-COORDINATION_API Compare Leadership::guard() const { return state_->ours; }
 COORDINATION_API Result<void> Leadership::resign(Context ctx) { return state_->release(ctx); }
 
 COORDINATION_API Result<void> Leadership::proclaim(std::string value, Context ctx) {
@@ -8823,7 +9073,8 @@ class Registration : public std::enable_shared_from_this<Registration> {
  public:
   Registration(std::shared_ptr<ClientState> client, std::string key)
       : client_(std::move(client)), key_(std::move(key)),
-        strand_(std::make_shared<Strand>(client_->executor->callbacks, client_->log)) {}
+        strand_(std::make_shared<Strand>(client_->executor, client_->executor->callbacks,
+                                         client_->log, "on_event of " + key_)) {}
 
   using Change = std::function<void(ServiceInfo&, RegisterOptions&)>;
 
@@ -9305,18 +9556,7 @@ COORDINATION_API Result<ServiceView> ServiceRegistry::view(std::string name, Con
   return ServiceView(std::move(*core));
 }
 
-COORDINATION_API ServiceView::ServiceView(std::shared_ptr<detail::ViewCore> core)
-    : core_(std::move(core)) {}
-
-COORDINATION_API ServiceView& ServiceView::operator=(ServiceView&& other) noexcept {
-  ServiceView old(std::move(*this));
-  core_ = std::move(other.core_);
-  return *this;
-}
-
-COORDINATION_API ServiceView::~ServiceView() {
-  if (core_) core_->close();
-}
+COORDINATION_API void detail::let_go(const std::shared_ptr<ViewCore>& view) { view->close(); }
 
 COORDINATION_API std::vector<ServiceInfo> ServiceView::instances() const {
   return *detail::decoded_services(*core_);
@@ -9324,9 +9564,7 @@ COORDINATION_API std::vector<ServiceInfo> ServiceView::instances() const {
 
 COORDINATION_API Result<ServiceInfo> ServiceView::pick(Pick how) {
   auto services = detail::decoded_services(*core_);
-  if (services->empty()) {
-    return detail::make_error(ErrorCode::NotFound, "no instance under " + core_->prefix);
-  }
+  if (services->empty()) return core_->missing("no instance under " + core_->prefix);
   auto turn = how == Pick::Random ? detail::random_number() : core_->turn++;
   return (*services)[turn % services->size()];
 }
@@ -9341,7 +9579,7 @@ COORDINATION_API std::int64_t ServiceView::revision() const {
 COORDINATION_API bool ServiceView::connected() const { return core_->feed->connected(); }
 COORDINATION_API milliseconds ServiceView::age() const { return core_->feed->age(); }
 COORDINATION_API void ServiceView::on_change(std::function<void()> handler) {
-  core_->set_handler(std::move(handler));
+  core_->add_handler(std::move(handler));
 }
 
 // == 11. Config =================================================================================
@@ -9619,26 +9857,13 @@ COORDINATION_API Result<ConfigView> ConfigCenter::view(std::string prefix, Conte
   return ConfigView(std::move(core));
 }
 
-COORDINATION_API ConfigView::ConfigView(std::shared_ptr<detail::ViewCore> core)
-    : core_(std::move(core)) {}
-
-COORDINATION_API ConfigView& ConfigView::operator=(ConfigView&& other) noexcept {
-  ConfigView old(std::move(*this));
-  core_ = std::move(other.core_);
-  return *this;
-}
-
-COORDINATION_API ConfigView::~ConfigView() {
-  if (core_) core_->close();
-}
-
 COORDINATION_API Result<ConfigEntry> ConfigView::get_entry(const std::string& key) const {
   auto path = core_->prefix + key;
   auto kv = core_->feed->look([&](const detail::RangeFeed::Known& known, std::int64_t) {
     auto it = known.find(path);
     return it == known.end() ? std::optional<KeyValue>() : it->second;
   });
-  if (!kv || !core_->shows(path)) return detail::no_config(key);
+  if (!kv || !core_->shows(path)) return core_->missing(detail::no_config(key).message);
   return detail::config_entry(*kv, key);
 }
 
@@ -9668,7 +9893,7 @@ COORDINATION_API std::int64_t ConfigView::revision() const {
 COORDINATION_API bool ConfigView::connected() const { return core_->feed->connected(); }
 COORDINATION_API milliseconds ConfigView::age() const { return core_->feed->age(); }
 COORDINATION_API void ConfigView::on_change(std::function<void()> handler) {
-  core_->set_handler(std::move(handler));
+  core_->add_handler(std::move(handler));
 }
 
 // == 12. Coordinator ============================================================================
@@ -9739,12 +9964,18 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
   client->options.timeout = (std::min)(client->options.timeout, kLongest);
-  client->clock->on_jump([weak = std::weak_ptr<ClientState>(client)] {
+  std::weak_ptr<ClientState> weak = client;
+  client->clock->on_jump([weak] {
     auto self = weak.lock();
     if (!self) return false;
     self->leases->wake();
     self->watches->wake();
+    self->executor->settle();
     return true;
+  });
+  client->clock->on_due([weak]() -> std::optional<SteadyTime> {
+    auto self = weak.lock();
+    return self ? std::optional<SteadyTime>(self->leases->next_due()) : std::nullopt;
   });
   return client;
 }
@@ -9760,15 +9991,110 @@ COORDINATION_API Result<void> knock(ClientState& client, const Context& given) {
   return error;
 }
 
-COORDINATION_API void close_coordinator(CoordinatorState& state) {
+/// True for the first; the others wait for it, unless it may be waiting for them.
+COORDINATION_API bool begin_close(CoordinatorState& state) {
   auto& client = *state.client;
-  if (client.closing.exchange(true)) return;
+  bool in_handler = client.executor->runs_handler_here();
+  std::unique_lock<std::mutex> lock(state.mutex);
+  if (!client.closing.exchange(true)) {
+    state.closer = std::this_thread::get_id();
+    return true;
+  }
+  if (state.closed || in_handler || !HandlerWaits::all().begin(state.closer)) return false;
+  state.changed.wait(lock, [&] { return state.closed; });
+  HandlerWaits::all().end();
+  return false;
+}
+
+COORDINATION_API void close_coordinator(CoordinatorState& state) {
+  if (!begin_close(state)) return;
+  auto& client = *state.client;
   auto now = steady_clock::now();
+  auto left = milliseconds(1000) - (std::min)(milliseconds(client.waited), milliseconds(500));
   client.watches->close();
   for (auto& registration : state.registry->take(nullptr)) registration->quit();
-  client.leases->close(now + milliseconds(700));
+  client.leases->close(now + left * 7 / 10);
   client.open.cancel();
-  client.executor->stop(now + milliseconds(950));
+  client.executor->stop(now + left * 19 / 20, *client.log);
+  if (!client.options.transport) close_idle(*client.transport);
+  std::lock_guard<std::mutex> lock(state.mutex);
+  state.closed = true;
+  state.changed.notify_all();
+}
+
+/// Those that are open are closed by exit(). It is told so again after the first answer that each
+/// kind of transport has got: so their own static objects are still there.
+COORDINATION_API void close_at_exit(const std::shared_ptr<CoordinatorState>& state) {
+  struct Open {
+    std::mutex mutex;
+    std::vector<std::weak_ptr<CoordinatorState>> states;
+  };
+  static std::array<std::once_flag, 3> told;
+  auto& options = state->client->options;
+  bool tls = state->client->members->url(0).compare(0, 6, "https:") == 0;
+  std::call_once(told.at(options.transport ? 0
+                         : tls             ? 1
+                                           : 2),
+                 [] {
+                   std::atexit([] {
+                     auto& open = process_wide<Open>();
+                     std::unique_lock<std::mutex> lock(open.mutex);
+                     auto states = open.states;
+                     lock.unlock();
+                     for (auto& weak : states) {
+                       if (auto one = weak.lock()) close_coordinator(*one);
+                     }
+                   });
+                 });
+  auto& open = process_wide<Open>();
+  std::lock_guard<std::mutex> lock(open.mutex);
+  auto& all = open.states;
+  auto is_gone = [](const auto& weak) { return weak.expired(); };
+  all.erase(std::remove_if(all.begin(), all.end(), is_gone), all.end());
+  all.push_back(state);
+}
+
+/// What handles stand for that hold nothing: the states of a Coordinator that is closed.
+struct StandIns {
+  std::shared_ptr<CoordinatorState> coordinator{std::make_shared<CoordinatorState>()};
+  std::shared_ptr<LeaseState> lease;
+  std::shared_ptr<OwnedKey> owned;
+  std::shared_ptr<ViewCore> view;
+
+  StandIns() {
+    coordinator->client = make_client({});
+    coordinator->registry = std::make_shared<RegistryState>();
+    close_coordinator(*coordinator);
+    auto& client = coordinator->client;
+    auto strand =
+        std::make_shared<Strand>(client->executor, client->executor->losses, client->log, "");
+    lease = std::make_shared<LeaseState>(0, client->clock, std::move(strand));
+    lease->client = client;
+    lease->release();
+    owned = std::make_shared<OwnedKey>(client, "", 0, lease);
+    view = std::make_shared<ViewCore>(client, WatchRequest());
+    view->end = closed_error();
+    view->shows = [](const std::string&) { return false; };
+    lease->loss.shut();
+    owned->loss.shut();
+    view->strand->shut();
+  }
+};
+
+COORDINATION_API const std::shared_ptr<ClientState>& stand_in(ClientState*) {
+  return process_wide<StandIns>().coordinator->client;
+}
+COORDINATION_API const std::shared_ptr<CoordinatorState>& stand_in(CoordinatorState*) {
+  return process_wide<StandIns>().coordinator;
+}
+COORDINATION_API const std::shared_ptr<LeaseState>& stand_in(LeaseState*) {
+  return process_wide<StandIns>().lease;
+}
+COORDINATION_API const std::shared_ptr<OwnedKey>& stand_in(OwnedKey*) {
+  return process_wide<StandIns>().owned;
+}
+COORDINATION_API const std::shared_ptr<ViewCore>& stand_in(ViewCore*) {
+  return process_wide<StandIns>().view;
 }
 
 }  // namespace detail
@@ -9789,6 +10115,7 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
   auto& members = *state->client->members;
   auto& endpoint = members.url(members.current());
   (*state->client->log)(LogLevel::Info, "connected", {{"endpoint", endpoint}});
+  detail::close_at_exit(state);
   return coordinator;
 }
 
@@ -9802,22 +10129,13 @@ COORDINATION_API Coordinator::Coordinator(std::shared_ptr<detail::CoordinatorSta
     : state_(std::move(state)), lock_(state_), registry_(state_), config_(state_),
       election_(state_), client_(state_->client) {}
 
-COORDINATION_API Coordinator& Coordinator::operator=(Coordinator&& other) noexcept {
-  Coordinator old(std::move(*this));
-  state_ = std::move(other.state_);
-  lock_ = std::move(other.lock_);
-  registry_ = std::move(other.registry_);
-  config_ = std::move(other.config_);
-  election_ = std::move(other.election_);
-  client_ = std::move(other.client_);
-  return *this;
+COORDINATION_API void detail::let_go(const std::shared_ptr<CoordinatorState>& state) {
+  close_coordinator(*state);
 }
 
-COORDINATION_API Coordinator::~Coordinator() { static_cast<void>(close()); }
-
 COORDINATION_API Result<void> Coordinator::close() {
-  auto keep = state_;  // a handler may destroy the Coordinator meanwhile
-  if (keep) detail::close_coordinator(*keep);
+  auto keep = state_.get();  // a handler may destroy the Coordinator meanwhile
+  detail::close_coordinator(*keep);
   return {};
 }
 
@@ -9829,14 +10147,12 @@ struct Globals {
   Gate gate;  // its mutex guards the rest
   CoordinatorOptions options{default_coordinator_options()};
   std::shared_ptr<Coordinator> coordinator;
-  std::optional<Context> connecting;  // of the one who makes it; the others wait
-  std::uint64_t attempts{0};          // to make one
+  std::weak_ptr<Coordinator> closing;  // the one before
+  std::optional<Context> connecting;   // of the one who makes it; the others wait
+  std::uint64_t attempts{0};           // to make one
 };
 
-COORDINATION_API Globals& globals() {
-  static Globals globals;
-  return globals;
-}
+COORDINATION_API Globals& globals() { return process_wide<Globals>(); }
 
 COORDINATION_API milliseconds default_timeout() {
   std::lock_guard<std::mutex> lock(globals().gate.mutex);
@@ -9903,7 +10219,9 @@ COORDINATION_API Result<void> close() {
     std::lock_guard<std::mutex> lock(globals.gate.mutex);
     if (globals.connecting) globals.connecting->cancel();
     attempt = globals.attempts;
-    coordinator.swap(globals.coordinator);
+    coordinator = globals.coordinator ? globals.coordinator : globals.closing.lock();
+    globals.closing = coordinator;
+    globals.coordinator.reset();
   }
   globals.gate.wait(Context::with_timeout(milliseconds(500)),
                     [&] { return !globals.connecting || globals.attempts != attempt; });
@@ -10312,7 +10630,12 @@ class Mvcc {
     return changes_.empty() ? revision_ : (std::max)(revision_, changes_.back().kv->mod_revision);
   }
 
-  void finish() { revision_ = head(); }
+  void finish() {
+    revision_ = head();
+    if (changes_.size() <= kMostChanges) return;
+    static_cast<void>(compact(changes_[changes_.size() / 2].kv->mod_revision));
+  }
+  static constexpr std::size_t kMostChanges = 100'000;
 
   // The version that `revision` saw; null if there was none.
   static Record version_at(const History& history, std::int64_t revision) {
@@ -10567,6 +10890,7 @@ struct WatchStream {
   std::map<std::int64_t, std::uint64_t> watchers{};  // watch id -> number in the Store
   std::int64_t next_id{0};
   StreamEnd end{StreamEnd::None};
+  bool is_sending{false};
 };
 
 struct Watcher {
@@ -10672,6 +10996,22 @@ class Store {
     return action(*this);
   }
 
+  /// After a jump of time: waits until all have heard of what it has changed; of streams that are
+  /// not read, once for two seconds.
+  void catch_up() {
+    UniqueLock lock(mutex_);
+    settle();
+    const auto is_idle = [](const WatchStream* stream) {
+      return stream->end != StreamEnd::None || (stream->lines.empty() && !stream->is_sending);
+    };
+    const auto ready = [&] { return std::all_of(streams_.begin(), streams_.end(), is_idle); };
+    stuck_ = !delivered_.wait_for(lock, milliseconds(stuck_ ? 0 : 2000), ready);
+  }
+  Clock::time_point next_expiry() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return mvcc_.next_expiry();
+  }
+
   // For use inside with():
   Mvcc& mvcc() { return mvcc_; }
   Accounts& accounts() { return accounts_; }
@@ -10757,7 +11097,7 @@ class Store {
 
   HttpResponse answer(const HttpRequest& request) {
     using Handler = HttpResponse (Store::*)(const HttpRequest&);
-    static const std::map<std::string, Handler> kRoutes{
+    static constexpr std::pair<const char*, Handler> kRoutes[] = {
         {"/v3/kv/range", &Store::route<RangeRequest>},
         {"/v3/kv/put", &Store::route<PutRequest>},
         {"/v3/kv/deleterange", &Store::route<RemoveRequest>},
@@ -10770,8 +11110,9 @@ class Store {
         {"/v3/lease/keepalive", &Store::keep_alive},
         {"/v3/auth/authenticate", &Store::route<LoginRequest>},
         {"/v3/maintenance/status", &Store::route<StatusRequest>}};
-    const auto it = kRoutes.find(request.path);
-    if (it == kRoutes.end()) return {404, error_body(refused::kNotFound)};
+    const auto* it = std::find_if(std::begin(kRoutes), std::end(kRoutes),
+                                  [&](const auto& route) { return route.first == request.path; });
+    if (it == std::end(kRoutes)) return {404, error_body(refused::kNotFound)};
     return (this->*it->second)(request);
   }
 
@@ -11002,6 +11343,7 @@ class Store {
   void close(WatchStream& stream) {
     for (const auto& watcher : stream.watchers) forget(watcher.second);
     streams_.erase(&stream);
+    delivered_.notify_all();
   }
 
   /// Sends lines until the stream ends.
@@ -11025,10 +11367,13 @@ class Store {
         text += write_line(cluster_id_, line);
       }
       const milliseconds delay = faults_.delay;
+      stream.is_sending = true;
       lock.unlock();
       auto error = linger(delay, request, stream.ctx);
       const bool go_on = error || !stream.sink || stream.sink(text);
       lock.lock();
+      stream.is_sending = false;
+      delivered_.notify_all();
       if (error) return *std::move(error);
       if (!go_on) return HttpResponse{200, ""};
       idle_until = idle_limit();
@@ -11068,6 +11413,8 @@ class Store {
   std::int64_t requests_{0};
   std::int64_t published_{1};  // the revision that watchers have been told of
   std::set<WatchStream*> streams_;
+  std::condition_variable delivered_;
+  bool stuck_{false};                          // catch_up() was in vain
   std::map<std::uint64_t, Watcher> watchers_;  // by number, in the order of creation
   std::map<std::string, std::set<std::uint64_t>> watchers_of_key_;
   std::set<std::uint64_t> watchers_of_ranges_;
@@ -11085,10 +11432,15 @@ COORDINATION_API MemoryEtcd::MemoryEtcd() : MemoryEtcd(std::make_shared<detail::
 
 COORDINATION_API MemoryEtcd::MemoryEtcd(std::shared_ptr<Clock> clock)
     : store_(std::make_shared<detail::MemoryStore>(clock)) {
-  clock->on_jump([weak = std::weak_ptr<detail::MemoryStore>(store_)] {
+  const std::weak_ptr<detail::MemoryStore> weak = store_;
+  clock->on_jump([weak] {
     const auto store = weak.lock();
-    if (store) store->with([](auto&) {});
+    if (store) store->catch_up();
     return store != nullptr;
+  });
+  clock->on_due([weak] {
+    const auto store = weak.lock();
+    return store ? std::optional<Clock::time_point>(store->next_expiry()) : std::nullopt;
   });
 }
 

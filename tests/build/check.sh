@@ -101,7 +101,7 @@ case $check in
     ;;
   must_not_compile)
     # The same file twice: the good twin proves that the bad one fails for its own reason, and its
-    # first line says with which message.
+    # first line says with which message, and its second how often, if that matters.
     source=$here/must_not_compile/$4.cpp
     message=$(sed -n '1s|^// error: ||p' "$source")
     [[ -n $message ]] || fail "$source does not say which error is due"
@@ -109,7 +109,9 @@ case $check in
     if compile bad.o "$source" "${compiled[@]}" -DMUST_FAIL=1 2> "$out/errors"; then
       fail "$source compiles"
     fi
-    grep -qE "error: .*($message)" "$out/errors" || { cat "$out/errors"; fail "another error"; }
+    times=$(sed -n '2s|^// times: ||p' "$source")
+    found=$(grep -cE "error: .*($message)" "$out/errors" || true)
+    ((found == ${times:-found} && found > 0)) || { cat "$out/errors"; fail "not its errors"; }
     ;;
   *) fail "no such check: $check" ;;
 esac

@@ -315,3 +315,10 @@ TEST_CASE("log: lines on standard error, from a level on") {
   });
   CHECK(some == "INFO b\nERROR c\n");
 }
+
+TEST_CASE("context: a child leaves nothing in its parent" * doctest::skip(sanitized())) {
+  const Context parent;
+  const auto before = rss_kb();
+  for (int i = 0; i < 100000; ++i) static_cast<void>(Context::child_of(parent));
+  CHECK(rss_kb() - before < 8000);
+}

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "coordination.hpp"
+#include "support/memory_cluster.hpp"
 #include "support/scripted_transport.hpp"
 
 using namespace coordination;
@@ -1178,4 +1179,75 @@ TEST_CASE("bad input: nothing is sent") {
   CHECK(setup.etcd->count() == 0);
   setup.coordinator->close().value();
   CHECK(setup.etcd->count() == 0);
+}
+
+TEST_CASE("time: a caller's deadline may be longer than options.timeout") {
+  Setup setup;
+  setup.options.timeout = 100ms;
+  setup.client();
+  setup.etcd->next(kRange, [](const HttpRequest&, const ChunkSink&, const Context& ctx) {
+    std::this_thread::sleep_for(250ms);
+    return ctx.done() ? Result<HttpResponse>(Error{ErrorCode::Timeout, "late"})
+                      : Result<HttpResponse>(HttpResponse{200, reply(1)});
+  });
+  CHECK(setup.client().range({"a"}, Context::with_timeout(5s)));
+}
+
+TEST_CASE("members: a short deadline is not held against one") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.client();
+  setup.etcd->next(kPut, silence());
+  check_error(setup.client().put("a", "b", Context::with_timeout(20ms)), ErrorCode::Timeout,
+              Outcome::MaybeApplied);
+  CHECK(setup.client().range({"a"}));
+  CHECK(setup.etcd->endpoints() == std::vector<std::string>(2, "http://one:2379"));
+}
+
+TEST_CASE("time: close() ends the pause between two attempts") {
+  Setup setup;
+  setup.options.retry_config.initial_delay = setup.options.retry_config.max_delay = 4s;
+  setup.client();
+  setup.etcd->always(kPut, refused());
+  const Stopwatch watch;
+  std::thread caller([&] {
+    const auto put = setup.client().put("a", "b");
+    CHECK_FALSE(put);
+    if (!put) CHECK_MESSAGE(put.error().code == ErrorCode::Cancelled, text_of(put));
+  });
+  CHECK(wait_until([&] { return setup.etcd->count(kPut) > 0; }, lenient(2s)));
+  setup.coordinator->close().value();
+  caller.join();
+  CHECK(watch.elapsed() < lenient(2s));
+}
+
+TEST_CASE("client: JSON that is no reply of etcd is not quoted in the error") {
+  Setup setup;
+  setup.client();
+  setup.etcd->always(kRange, ok(R"({"kvs":[{"key":"YQ==","value":"c2VjcmV0")"));
+  const auto got = setup.client().get("a");
+  REQUIRE_FALSE(got);
+  CHECK_FALSE(mentions(got.error(), "c2VjcmV0"));
+}
+
+TEST_CASE("members: a stream that our own deadline ended is not held against one") {
+  Cluster cluster;
+  Notes log;
+  auto options = cluster.options();
+  options.logger = log.logger();
+  auto c = connect_to(options), d = cluster.connect("two");
+  const auto held = d.lock().acquire("a", 9s).value();
+  const auto waited = c.lock().acquire("a", 9s, Context::with_timeout(400ms));
+  REQUIRE_FALSE(waited);
+  CHECK(waited.error().code == ErrorCode::Timeout);
+  CHECK_FALSE(log.contain("a member has failed"));
+}
+
+TEST_CASE("client: a request leaves no timer behind" * doctest::skip(sanitized())) {
+  Cluster cluster;
+  auto c = cluster.connect();
+  for (int i = 0; i < 1000; ++i) static_cast<void>(c.client().get("x"));
+  const auto before = rss_kb();
+  for (int i = 0; i < 20000; ++i) static_cast<void>(c.client().get("x"));
+  CHECK(rss_kb() - before < 3000);
 }

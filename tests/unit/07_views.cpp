@@ -2,6 +2,8 @@
 #include <doctest/doctest.h>
 
 #include <functional>
+#include <future>
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "coordination.hpp"
@@ -108,13 +110,13 @@ TEST_CASE("views: on_change") {
   CHECK(eventually([&] { return seen == 1; }));
   for (int i = 0; i < 20; ++i) s.add("x" + std::to_string(i));
   CHECK(eventually([&] { return seen == 21; }));
-  CHECK(calls <= 21);
   std::atomic<int> others{0};
   view.on_change([&] { ++others; });
+  CHECK(eventually([&] { return others == 1; }));  // of what came before it was set
   const int before = calls;
   s.add("b");
-  CHECK(eventually([&] { return others > 0; }));
-  CHECK(calls == before);
+  CHECK(eventually([&] { return others == 2; }));
+  CHECK(eventually([&] { return calls > before; }));
 }
 
 TEST_CASE("views: a handler may destroy its view, and none runs after the destructor") {
@@ -368,4 +370,81 @@ TEST_CASE("views: after close they are not connected, and do no harm") {
   auto moved = std::move(services);
   moved = s.d.registry().view("web").value();
   CHECK(moved.instances().size() == 1);
+}
+
+TEST_CASE("views: one that is destroyed ends its watch") {
+  Setup s;
+  {
+    const auto view = s.view();
+    CHECK(eventually([&] { return view.connected(); }));
+  }
+  CHECK(eventually([&] { return s.tap->finished("/v3/watch") == s.tap->count("/v3/watch"); }));
+}
+
+TEST_CASE("views: wait_for ends with its Context") {
+  Setup s;
+  const auto view = s.view();
+  std::promise<void> over;
+  Joined closer([&] {  // or it would never end
+    if (over.get_future().wait_for(lenient(2s)) == std::future_status::timeout) s.c.close().value();
+  });
+  const auto waited = view.wait_for(1000000, Context::with_timeout(20ms));
+  over.set_value();
+  REQUIRE_FALSE(waited);
+  CHECK(waited.error().code == ErrorCode::Timeout);
+}
+
+TEST_CASE("views: on_change is told once for all that comes while it runs, and told again") {
+  Setup s;
+  auto view = std::make_unique<ConfigView>(s.c.config().view("a").value());
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  std::atomic<int> calls{0};
+  view->on_change([&calls, gone] {
+    ++calls;
+    gone.wait();
+  });
+  const auto set = [&](int value) {
+    s.d.config().set("a/k", value).value();
+    CHECK(eventually([&] { return view->get("a/k").value_or(nullptr) == value; }));
+  };
+  set(-1);
+  CHECK(eventually([&] { return calls == 1; }));
+  for (int i = 0; i < 20; ++i) set(i);
+  CHECK(calls == 1);
+  go.set_value();
+  CHECK(eventually([&] { return calls == 2; }));
+  set(20);
+  CHECK(eventually([&] { return calls >= 3; }));
+  view.reset();
+  CHECK(calls == 3);
+}
+
+TEST_CASE("views: every handler is told, one that comes late of what has changed before") {
+  Setup s;
+  auto view = s.view();
+  std::atomic<int> first{0}, second{0};
+  view.on_change([&] { ++first; });
+  s.add("a");
+  CHECK(eventually([&] { return first == 1; }));
+  view.on_change([&] { ++second; });
+  CHECK(eventually([&] { return second == 1; }));
+  s.add("b");
+  CHECK(eventually([&] { return first == 2 && second == 2; }));
+}
+
+TEST_CASE("views: their age may be asked by any thread") {
+  Setup s;
+  const auto view = s.view();
+  std::atomic<bool> over{false};
+  {
+    std::vector<Joined> threads;
+    for (int t = 0; t < 2; ++t) {
+      threads.emplace_back([&] {
+        while (!over) CHECK(view.age() >= 0ms);
+      });
+    }
+    for (int i = 0; i < 20; ++i) s.etcd->cut_streams();
+    over = true;
+  }
 }

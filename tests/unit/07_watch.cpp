@@ -754,3 +754,14 @@ TEST_CASE_FIXTURE(Fixture, "view: connected again as soon as a silent member is 
       },
       3s));
 }
+
+TEST_CASE_FIXTURE(Fixture, "watch: after cancel() nothing is read from the queue") {
+  auto cancelled = watch("k");
+  auto stream = confirmed();
+  stream->send(event_line(stream->creates[0].id, puts_at({11, 12})));
+  CHECK(next_of(cancelled));
+  cancelled.cancel();
+  const auto event = next_of(cancelled);
+  REQUIRE_FALSE(event);
+  CHECK(event.error().code == ErrorCode::Cancelled);
+}

@@ -405,11 +405,11 @@ TEST_CASE("lock: lost when somebody deletes its key") {
   CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
   s.d.client().remove(lock.key()).value();
   CHECK(eventually([&] { return !lock.held(); }));
-  CHECK(eventually([&] { return notes.size() == 1; }));
+  CHECK(eventually([&] { return notes.size() == 2; }));
   check_code(lock.unlock(), ErrorCode::Lost);
   check_code(lock.unlock(), ErrorCode::Validation);
   CHECK(eventually([&] { return s.etcd->leases().empty(); }));
-  CHECK(notes.size() == 1);
+  CHECK(notes.size() == 2);
 }
 
 TEST_CASE("lock: lost before it is watched: unlock says so, and deletes nobody else's") {
@@ -466,7 +466,7 @@ TEST_CASE("lock: its guard keeps writes of a former holder out") {
   CHECK_FALSE(lock.held());
 }
 
-TEST_CASE("lock: the loss is told once, also to a handler that comes late; never after unlock") {
+TEST_CASE("lock: the loss is told once to every handler, also to late ones; never after unlock") {
   Setup s;
   Notes notes;
   auto lost = s.acquire("a"), unlocked = s.acquire("b");
@@ -478,8 +478,9 @@ TEST_CASE("lock: the loss is told once, also to a handler that comes late; never
   lost.on_lost(notes.on_lost());
   CHECK(eventually([&] { return notes.size() == 1; }));
   lost.on_lost(notes.on_lost());
+  CHECK(eventually([&] { return notes.size() == 2; }));
   s.c.close().value();
-  CHECK(notes.size() == 1);
+  CHECK(notes.size() == 2);
 }
 
 TEST_CASE("lock: a handler may unlock and destroy its lock") {
@@ -621,6 +622,7 @@ TEST_CASE("lock: unlock does not wait for a handler; the destructor does") {
   Setup s;
   std::promise<void> go;
   std::atomic<bool> runs{false}, done{false};
+  std::optional<Joined> later;
   {
     auto lock = s.acquire();
     lock.on_lost([&](const Error&) {
@@ -633,7 +635,10 @@ TEST_CASE("lock: unlock does not wait for a handler; the destructor does") {
     CHECK(eventually([&] { return runs.load(); }));
     check_code(lock.unlock(), ErrorCode::Lost);
     CHECK_FALSE(done);
-    go.set_value();
+    later.emplace([&] {
+      std::this_thread::sleep_for(50ms);  // time in which the destructor must not return
+      go.set_value();
+    });
   }
   CHECK(done);
 }
@@ -866,4 +871,151 @@ TEST_CASE("lock: never two holders, and no standstill, whatever goes wrong") {
   for (auto& c : coordinators) c.close().value();
   CHECK(cluster.etcd->keys().empty());
   CHECK(cluster.etcd->leases().empty());
+}
+
+TEST_CASE(
+    "lock: what it writes is one flat Txn with the guard, of as many operations as any other") {
+  Setup s;
+  auto lock = s.acquire();
+  std::vector<std::string> bodies;
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path == kTxn) bodies.push_back(request.body);
+  });
+  Txn many;
+  for (int i = 0; i < 128; ++i) many.then(Op::put("k" + std::to_string(i), "v"));
+  CHECK(lock.put("k", "1"));
+  CHECK(lock.remove("k"));
+  CHECK(lock.commit(many));
+  s.tap->before(nullptr);
+  REQUIRE(bodies.size() == 3);
+  for (const auto& body : bodies) CHECK(body.find("request_txn") == std::string::npos);
+  check_code(lock.commit(many.then(Op::get("k"))), ErrorCode::Validation);
+}
+
+TEST_CASE("lock: handlers that block do not delay the news of a loss") {
+  Setup s;
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  std::atomic<int> blocked{0};
+  const auto block = [&blocked, gone](const WatchEvent&) {
+    ++blocked;
+    gone.wait();
+  };
+  std::vector<Subscription> watches;
+  WatchRequest request;
+  for (const char* key : {"x", "y"}) {
+    request.key = key;
+    watches.push_back(s.c.client().watch(request, block).value());
+    s.d.client().put(key, "1").value();
+  }
+  CHECK(eventually([&] { return blocked == 2; }));
+  auto lock = s.acquire();
+  Notes notes;
+  lock.on_lost(notes.on_lost());
+  auto lease = s.c.client().grant(9s).value();
+  lease.on_lost(notes.on_lost());
+  s.d.client().remove(lock.key()).value();
+  s.etcd->expire_lease(lease.id());
+  check_code(lease.keep_alive_once(), ErrorCode::Lost);
+  CHECK(eventually([&] { return notes.size() == 2; }));
+  go.set_value();
+}
+
+TEST_CASE("shared: a lock that is renewed with another TTL stays a shared one") {
+  Setup s;
+  auto reader = s.c.lock().acquire_shared("a", 9s).value();
+  reader.renew(20s).value();
+  CHECK(s.d.lock().try_acquire_shared("a", 9s));
+}
+
+TEST_CASE("lock: a kept lease that is about to expire is not taken for a new one") {
+  Setup s;
+  s.acquire().unlock().value();
+  s.tap->lose_if([](const HttpRequest& request) { return request.path == "/v3/lease/keepalive"; });
+  s.etcd->advance(7s);
+  const auto lock = s.acquire();
+  s.etcd->advance(3s);
+  CHECK(lock.held());
+}
+
+TEST_CASE("lock: a compaction does not end the watch of its own key") {
+  Setup s;
+  Notes notes;
+  auto lock = s.acquire();
+  lock.on_lost(notes.on_lost());
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  s.cut_off("one");
+  s.d.client().remove(lock.key()).value();
+  s.d.config().set("x", 1).value();
+  s.etcd->compact();
+  s.etcd->heal();
+  CHECK(eventually([&] { return !lock.held(); }));
+  CHECK(eventually([&] { return notes.size() == 1; }));
+}
+
+TEST_CASE("lock: keys of a queue below do not hide those of this one") {
+  Setup s;
+  const auto holder = s.acquire("a"), below = s.acquire("a/b");
+  check_code(s.d.lock().acquire("a", 9s, Context::with_timeout(300ms)), ErrorCode::Timeout);
+}
+
+TEST_CASE("lock: acquire does not return one that is lost already") {
+  Setup s;
+  std::atomic<bool> once{false};
+  s.tap->after([&](const HttpRequest& request) {
+    if (request.path == kTxn && !once.exchange(true)) s.etcd->advance(9s);
+  });
+  const auto lock = s.acquire();
+  CHECK(lock.held());
+}
+
+TEST_CASE("lock: on_lost is not called after unlock, also where it was due") {
+  Setup s;
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  std::atomic<int> blocked{0};
+  std::vector<Lease> busy;
+  for (int i = 0; i < 2; ++i) {  // all threads that could call it
+    busy.push_back(s.c.client().grant(9s).value());
+    busy.back().on_lost([&blocked, gone](const Error&) {
+      ++blocked;
+      gone.wait();
+    });
+    s.etcd->expire_lease(busy.back().id());
+    check_code(busy.back().keep_alive_once(), ErrorCode::Lost);
+    CHECK(eventually([&] { return blocked == i + 1; }));
+  }
+  Notes notes;
+  auto lock = s.acquire();
+  lock.on_lost(notes.on_lost());
+  s.d.client().remove(lock.key()).value();
+  CHECK(eventually([&] { return !lock.held(); }));
+  check_code(lock.unlock(), ErrorCode::Lost);
+  std::atomic<bool> next{false};
+  auto later = s.c.client().grant(9s).value();
+  later.on_lost([&](const Error&) { next = true; });
+  s.etcd->expire_lease(later.id());
+  check_code(later.keep_alive_once(), ErrorCode::Lost);
+  go.set_value();
+  CHECK(eventually([&] { return next.load(); }));  // what was due before it has had its turn
+  s.c.close().value();
+  CHECK(notes.size() == 0);
+}
+
+TEST_CASE("lock: held() may be asked while it is renewed with other TTLs") {
+  Setup s;
+  auto lock = s.acquire();
+  std::atomic<bool> over{false};
+  std::atomic<int> asked{0};
+  {
+    Joined asking([&] {
+      while (!over) {
+        CHECK(lock.held());
+        ++asked;
+      }
+    });
+    CHECK(eventually([&] { return asked > 0; }));
+    for (int i = 0; i < 20; ++i) CHECK(lock.renew(i % 2 == 0 ? 20s : 9s));
+    over = true;
+  }
 }

@@ -241,3 +241,31 @@ TEST_CASE("election: in one queue with candidates of another kind") {
   lease.revoke().value();
   CHECK(candidate.leads());
 }
+
+TEST_CASE("election: a leader writes under the guard of the office") {
+  Setup s;
+  auto office = s.campaign();
+  CHECK(office.put("k", "1"));
+  CHECK(office.remove("k").value().deleted == 1);
+  CHECK(office.commit(Txn{}.then(Op::put("k", "2"))).value().succeeded);
+  CHECK(s.d.client().get("k").value().value == "2");
+  s.d.client().remove(office.key()).value();
+  check_code(office.put("k", "3"), ErrorCode::Lost);
+  CHECK(s.d.client().get("k").value().value == "2");
+}
+
+TEST_CASE("election: a candidate of an election below is no leader of this one") {
+  Setup s;
+  auto below = s.c.election().campaign("e/b", "below", 9s).value();
+  check_code(s.d.election().leader("e"), ErrorCode::NotFound);
+}
+
+TEST_CASE("election: candidates of an election below are not told by observe") {
+  Setup s;
+  auto below = s.c.election().campaign("e/b", "below", 9s).value();
+  auto watch = s.d.election().observe("e").value();
+  auto office = s.campaign("one");
+  std::string value = next_value(watch);
+  if (value.empty()) value = next_value(watch);  // that nobody has led before
+  CHECK(value == "one");
+}

@@ -172,14 +172,15 @@ TEST_CASE("config: of many who count with compare_and_set none is forgotten") {
 
 TEST_CASE("config: list") {
   Setup s;
-  for (const char* key : {"app", "app/b", "app/a", "app/a/deep", "app2", "ap", "application/x"}) {
+  for (const char* key :
+       {"app", "app/b", "app/a", "app/a/deep", "app-1", "app2", "ap", "app.x/y"}) {
     s.config.set(key, 1).value();
   }
   s.d.client().put("/configuration", "").value();
   CHECK(s.config.list("app").value() == Strings{"app", "app/a", "app/a/deep", "app/b"});
   CHECK(s.config.list("app/a").value() == Strings{"app/a", "app/a/deep"});
   CHECK(s.config.list("none").value().empty());
-  CHECK(s.config.list("").value().size() == 7);
+  CHECK(s.config.list("").value().size() == 8);
 }
 
 TEST_CASE("config: thousands of keys at one revision") {
@@ -360,4 +361,64 @@ TEST_CASE("config: after a compaction that it has missed, a watch delivers the d
   CHECK(next(watch) == "DELETE b=null");
   s.d.config().set("c", 5).value();
   CHECK(next(watch) == "PUT c=5");
+}
+
+namespace {
+
+/// While the answer to a write is lost and its effect is looked for, somebody else writes.
+void write_before_reads(Setup& s, const std::string& value) {
+  s.tap->before([&s, value](const HttpRequest& request) {
+    if (request.path == "/v3/kv/range")
+      s.ask("/v3/kv/put", {{"key", "L2NvbmZpZy9r"}, {"value", value}});
+  });
+  s.etcd->drop_replies(1);
+}
+
+template <class T>
+void check_maybe(const Result<T>& result) {
+  REQUIRE_FALSE(result);
+  CHECK(result.error().outcome == Outcome::MaybeApplied);
+}
+
+}  // namespace
+
+TEST_CASE("config: a write whose answer was lost, and somebody else has written meanwhile") {
+  Setup s;
+  s.config.set("k", 0).value();
+  write_before_reads(s, "Mg==");
+  SUBCASE("set") { check_maybe(s.config.set("k", 1)); }
+  SUBCASE("remove") { check_maybe(s.config.remove("k")); }
+  s.tap->before(nullptr);
+}
+
+TEST_CASE("config: what is beside a prefix is neither watched nor viewed") {
+  Setup s;
+  auto watch = s.config.watch_prefix("app").value();
+  for (const char* key : {"app-1", "app.x", "app/a"}) s.d.config().set(key, 1).value();
+  CHECK(next(watch) == "PUT app/a=1");
+  const auto view = s.config.view("app").value();
+  CHECK(view.get("app/a"));
+  check_code(view.get("app-1"), ErrorCode::NotFound);
+  CHECK(view.keys() == Strings{"app/a"});
+}
+
+TEST_CASE("config: a read in pages that a compaction overtakes is repeated") {
+  Setup s;
+  for (int begin = 0; begin < 1200; begin += 100) {
+    Txn txn;
+    for (int i = begin; i < begin + 100; ++i) {
+      txn.then(Op::put("/config/many/" + std::to_string(100000 + i), "1"));
+    }
+    s.c.client().commit(txn).value();
+  }
+  std::atomic<int> pages{0};
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path != "/v3/kv/range" || ++pages != 2) return;
+    s.ask("/v3/kv/put", {{"key", "L2NvbmZpZy9r"}, {"value", "MQ=="}});
+    s.etcd->compact();
+  });
+  const auto keys = s.config.list("many");
+  s.tap->before(nullptr);
+  REQUIRE_MESSAGE(keys, text_of(keys));
+  CHECK(keys->size() == 1200);
 }

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "coordination.hpp"
+#include "support/memory_cluster.hpp"
 #include "support/scripted_transport.hpp"
 
 using namespace coordination;
@@ -380,4 +381,102 @@ TEST_CASE("grant: the grant and the renewal that a slow one needs share one time
   CHECK_FALSE(c.client().grant(2s));
   CHECK(watch.elapsed() < lenient(1900ms));
   CHECK(etcd->count("/v3/lease/keepalive") == 1);
+}
+
+namespace {
+
+/// `handle` is empty when this returns, and what was in it has ended.
+template <class Handle>
+void move_out_of(Handle& handle) {
+  const Handle taken(std::move(handle));
+}
+
+template <class T>
+void check_empty(const Result<T>& result) {
+  CHECK_FALSE(result);
+  if (!result) CHECK_MESSAGE(result.error().code == ErrorCode::Cancelled, text_of(result));
+}
+
+}  // namespace
+
+TEST_CASE("coordinator: handles that were moved from answer") {
+  Cluster cluster;
+  auto c = cluster.connect();
+  SUBCASE("a lock") {
+    auto lock = c.lock().acquire("a", 9s).value();
+    move_out_of(lock);
+    CHECK_FALSE(lock.held());
+    CHECK(lock.key().empty());
+    CHECK(lock.fencing_token() == 0);
+    lock.on_lost([](const Error&) { FAIL("of nothing"); });
+    check_empty(lock.unlock());
+    check_empty(lock.unlock());
+    check_empty(lock.renew(9s));
+    check_empty(lock.ttl());
+    check_empty(lock.put("k", "v"));
+    check_empty(lock.commit(Txn().then(Op::put("k", "v"))));
+    const auto guarded = c.client().commit(Txn().when(lock.guard()).then(Op::put("k", "v")));
+    CHECK_FALSE((guarded && guarded->succeeded));
+    CHECK(cluster.etcd->keys().empty());
+    lock = c.lock().acquire("a", 9s).value();
+    CHECK(lock.held());
+  }
+  SUBCASE("an office") {
+    auto office = c.election().campaign("a", "v", 9s).value();
+    move_out_of(office);
+    CHECK_FALSE(office.held());
+    check_empty(office.proclaim("w"));
+    check_empty(office.resign());
+  }
+  SUBCASE("a lease") {
+    auto lease = c.client().grant(9s).value();
+    move_out_of(lease);
+    CHECK_FALSE(lease.held());
+    CHECK(lease.id() == 0);
+    CHECK(lease.ttl() == 0ms);
+    CHECK(lease.detach() == 0);
+    lease.on_lost([](const Error&) { FAIL("of nothing"); });
+    check_empty(lease.remaining());
+    check_empty(lease.keep_alive_once());
+    check_empty(lease.revoke());
+  }
+  SUBCASE("watches") {
+    auto watch = c.config().watch("k").value();
+    move_out_of(watch);
+    check_empty(watch.next());
+    watch.cancel();
+    auto subscription = c.config().watch("k", [](const ConfigEvent&) {}).value();
+    move_out_of(subscription);
+    subscription.cancel();
+  }
+  SUBCASE("views") {
+    auto services = c.registry().view("web").value();
+    move_out_of(services);
+    CHECK(services.instances().empty());
+    CHECK_FALSE(services.connected());
+    check_empty(services.pick());
+    check_empty(services.wait_for(1));
+    services.on_change([] { FAIL("of nothing"); });
+    auto config = c.config().view("app").value();
+    move_out_of(config);
+    CHECK(config.keys().empty());
+    check_empty(config.get("app/a"));
+    check_empty(config.get_entry("app/a"));
+    check_empty(config.wait_for(1));
+  }
+  SUBCASE("a Coordinator, and what was taken from it") {
+    auto& lock = c.lock();
+    auto semaphore = c.lock().semaphore("s", 1);
+    move_out_of(c);
+    CHECK(c.close());
+    check_empty(lock.acquire("a", 9s));
+    check_empty(semaphore.acquire(9s));
+    check_empty(c.registry().discover("web"));
+    check_empty(c.registry().register_service({"i", "web", "host", 1}));
+    check_empty(c.config().get("k"));
+    check_empty(c.config().watch("k"));
+    check_empty(c.election().leader("e"));
+    check_empty(c.client().get("k"));
+    check_empty(c.client().grant(9s));
+  }
 }

@@ -76,7 +76,16 @@ struct Logged {
           lines.push_back(line);
         });
   }
+  bool contain(const std::string& line) {
+    std::lock_guard<std::mutex> hold(mutex);
+    return std::find(lines.begin(), lines.end(), line) != lines.end();
+  }
 };
+
+std::shared_ptr<Strand> strand_on(const std::shared_ptr<Lane>& lane, Logged& logged) {
+  static const auto executor = std::make_shared<Executor>();
+  return std::make_shared<Strand>(executor, lane, logged.log(), "that of the test");
+}
 
 }  // namespace
 
@@ -246,7 +255,7 @@ TEST_CASE("timer: a task may ask for another, and cancel it") {
 TEST_CASE("strand: handlers run in order and one at a time, on many threads") {
   const auto lane = std::make_shared<Lane>(4);
   Logged logged;
-  const auto strand = std::make_shared<Strand>(lane, logged.log());
+  const auto strand = strand_on(lane, logged);
   Record record;
   std::atomic<int> inside{0}, most{0};
   for (int i = 0; i < 200; ++i) {
@@ -266,8 +275,8 @@ TEST_CASE("strand: handlers run in order and one at a time, on many threads") {
 TEST_CASE("strand: a slow handler of one handle does not keep another handle waiting") {
   const auto lane = std::make_shared<Lane>(2);
   Logged logged;
-  const auto slow = std::make_shared<Strand>(lane, logged.log());
-  const auto fast = std::make_shared<Strand>(lane, logged.log());
+  const auto slow = strand_on(lane, logged);
+  const auto fast = strand_on(lane, logged);
   Door door;
   Record record;
   for (int i = 0; i < 10; ++i) slow->post([&] { door.pass(); });
@@ -284,7 +293,7 @@ TEST_CASE("strand: a slow handler of one handle does not keep another handle wai
 TEST_CASE("strand: close waits for the handler that runs, drops the rest, and keeps closed") {
   const auto lane = std::make_shared<Lane>(2);
   Logged logged;
-  const auto strand = std::make_shared<Strand>(lane, logged.log());
+  const auto strand = strand_on(lane, logged);
   std::atomic<bool> started{false}, finished{false};
   Record record;
   strand->post([&] {
@@ -306,7 +315,7 @@ TEST_CASE("strand: close waits for the handler that runs, drops the rest, and ke
 TEST_CASE("strand: close from inside a handler returns at once") {
   const auto lane = std::make_shared<Lane>(2);
   Logged logged;
-  const auto strand = std::make_shared<Strand>(lane, logged.log());
+  const auto strand = strand_on(lane, logged);
   Record record;
   strand->post([&] {
     strand->post([&] { record.add(1); });
@@ -323,7 +332,7 @@ TEST_CASE("strand: close from inside a handler returns at once") {
 TEST_CASE("strand: what a handler throws is caught and logged, and the next one runs") {
   const auto lane = std::make_shared<Lane>(1);
   Logged logged;
-  const auto strand = std::make_shared<Strand>(lane, logged.log());
+  const auto strand = strand_on(lane, logged);
   Record record;
   strand->post([] { throw std::runtime_error("oh no"); });
   strand->post([] { throw 5; });
@@ -336,10 +345,28 @@ TEST_CASE("strand: what a handler throws is caught and logged, and the next one 
                             "ERROR a handler has thrown an exception that is no std::exception"});
 }
 
-TEST_CASE("loss: a handler hears of it once, whichever comes first") {
+TEST_CASE("strand: who is waited for is said after ten seconds [slow]") {
+  const auto lane = std::make_shared<Lane>(2);
+  Logged logged;
+  const auto strand = strand_on(lane, logged);
+  Door door;
+  strand->post([&] { door.pass(); });
+  CHECK(eventually([&] { return door.waiting() == 1; }));
+  std::thread closing([&] { strand->close(); });
+  lane->stop();
+  Logged of_lane;
+  std::thread joining([&] { lane->join(std::nullopt, *of_lane.log()); });
+  const std::string line = "WARN a handler that does not return is waited for that of the test";
+  CHECK(wait_until([&] { return logged.contain(line) && of_lane.contain(line); }, lenient(15s)));
+  door.open();
+  closing.join();
+  joining.join();
+}
+
+TEST_CASE("loss: every handler hears of it once, whichever comes first") {
   const auto lane = std::make_shared<Lane>(1);
   Logged logged;
-  LossSignal signal(std::make_shared<Strand>(lane, logged.log()));
+  LossSignal signal(strand_on(lane, logged));
   std::mutex mutex;
   std::vector<std::string> heard;
   const auto handler = [&](const std::string& name) {
@@ -350,24 +377,24 @@ TEST_CASE("loss: a handler hears of it once, whichever comes first") {
   };
   std::vector<std::string> expected;
   SUBCASE("the handler first") {
-    signal.set_handler(handler("a"));
-    signal.set_handler(handler("b"));
+    signal.add(handler("a"));
+    signal.add(handler("b"));
     signal.fire(make_error(ErrorCode::Lost, "one"));
     signal.fire(make_error(ErrorCode::Lost, "two"));
-    expected = {"b:one"};
+    expected = {"a:one", "b:one"};
   }
   SUBCASE("the loss first") {
     signal.fire(make_error(ErrorCode::Lost, "one"));
     signal.fire(make_error(ErrorCode::Lost, "two"));
-    signal.set_handler(handler("a"));
-    signal.set_handler(handler("b"));
-    expected = {"a:one"};
+    signal.add(handler("a"));
+    signal.add(handler("b"));
+    expected = {"a:one", "b:one"};
   }
   SUBCASE("closed") {
-    signal.set_handler(handler("a"));
+    signal.add(handler("a"));
     signal.close();
     signal.fire(make_error(ErrorCode::Lost, "one"));
-    signal.set_handler(handler("b"));
+    signal.add(handler("b"));
   }
   Record last;
   lane->post([&] { last.add(0); });

@@ -1,0 +1,148 @@
+// Processes that end, or fork, while they hold locks: run as children of a test.
+#pragma once
+
+#include <sys/wait.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "child.hpp"
+#include "coordination.hpp"
+#include "wait.hpp"
+
+namespace support::ends {
+
+using namespace coordination;
+
+/// Kept at namespace scope and never closed. They are destroyed after all that main() has made.
+struct Kept {
+  std::shared_ptr<MemoryEtcd> etcd;
+  std::optional<Coordinator> coordinator;
+  std::optional<Lock> lock;
+  std::optional<ServiceView> view;
+  std::optional<Watch<ConfigEvent>> watch;
+  std::optional<Subscription> subscription;
+
+  ~Kept() {
+    if (etcd) say("keys left: " + std::to_string(etcd->keys().size()));
+  }
+};
+inline Kept kept;
+
+/// "memory", or the URL of an etcd and perhaps the file of its CA.
+inline CoordinatorOptions options_of(const Args& args) {
+  CoordinatorOptions options;
+  options.endpoints = {"a:1"};
+  if (args.at(1) == "memory") {
+    kept.etcd = std::make_shared<MemoryEtcd>();
+    options.transport = kept.etcd;
+    return options;
+  }
+  options.endpoints = {args.at(1)};
+  if (args.size() > 2) options.tls.ca_file = args.at(2);
+  return options;
+}
+
+inline void keep_all(Coordinator& c) {
+  kept.lock = c.lock().acquire("kept", 60s).value();
+  c.registry().register_service({"id", "web", "host", 1}).value();
+  kept.view = c.registry().view("web").value();
+  kept.watch = c.config().watch("k").value();
+  kept.subscription = c.config().watch("k", [](const ConfigEvent&) {}).value();
+  c.config().set("k", 1).value();
+  c.config().remove("k").value();
+}
+
+/// How it ends: returns from main(), calls exit() there, or in a handler.
+inline int end(const std::string& how, Coordinator& c) {
+  if (how == "exit") std::exit(7);
+  if (how == "exit in a handler") {
+    kept.lock->on_lost([](const Error&) { std::exit(7); });
+    c.client().remove(kept.lock->key()).value();
+    std::this_thread::sleep_for(60s);
+  }
+  return 7;
+}
+
+/// HOW WHERE...
+inline int exit_main(const Args& args) {
+  kept.coordinator = Coordinator::connect(options_of(args)).value();
+  keep_all(*kept.coordinator);
+  return end(args.at(0), *kept.coordinator);
+}
+inline int exit_default_main(const Args& args) {
+  set_default_options(options_of(args)).value();
+  const auto coordinator = default_coordinator().value();
+  keep_all(*coordinator);
+  return end(args.at(0), *coordinator);
+}
+inline const bool exit_known = child_main("exit", exit_main);
+inline const bool exit_default_known = child_main("exit with the default", exit_default_main);
+
+/// True if the call says that it has nothing to do with this process.
+template <class T>
+bool refused(const Result<T>& result) {
+  return !result && result.error().code == ErrorCode::Cancelled &&
+         to_string(result.error()).find("made in another process") != std::string::npos;
+}
+
+/// In a child of fork(): a number for each thing that is not as it should be.
+inline int wrong_in_child(Coordinator& c, DistributedLock& locks) {
+  auto& k = kept;
+  if (k.lock->held()) return 10;
+  if (!refused(k.lock->unlock())) return 11;
+  if (!refused(k.lock->put("x", "y"))) return 12;
+  if (!refused(locks.acquire("b", 9s))) return 13;
+  if (!refused(c.client().get("x"))) return 14;
+  if (!refused(c.config().get("x"))) return 15;
+  if (!refused(k.watch->next())) return 16;
+  if (!refused(k.view->wait_for(1))) return 17;
+  if (!refused(c.registry().unregister("id"))) return 18;
+  k.subscription->cancel();
+  k.view.reset();
+  if (!c.close()) return 19;
+  auto own = Coordinator::in_memory();
+  if (!own.lock().acquire("kept", 9s)) return 20;
+  return 0;
+}
+
+/// ROUNDS WHERE...: the children end by themselves, and destroy what they have got.
+inline int fork_main(const Args& args) {
+  kept.coordinator = Coordinator::connect(options_of(args)).value();
+  auto& c = *kept.coordinator;
+  auto& locks = c.lock();
+  keep_all(c);
+  for (int i = 0; i < std::stoi(args.at(0)); ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      kept.etcd.reset();
+      return wrong_in_child(c, locks);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (!WIFEXITED(status)) return 128 + WTERMSIG(status);
+    if (WEXITSTATUS(status) != 0) return WEXITSTATUS(status);
+  }
+  if (!kept.lock->held() || !kept.lock->put("x", "y")) return 30;
+  if (c.registry().discover("web").value().size() != 1) return 31;
+  c.client().remove("x").value();
+  return 7;
+}
+inline const bool fork_known = child_main("fork", fork_main);
+
+/// The exit status of such a process, and what it has printed.
+inline RunResult run_child(const std::string& name, const Args& args) {
+  ProcessOptions options;
+  options.merge_stderr = true;
+  auto child = start_child(name, args, options);
+  RunResult result;
+  result.out = child.read_all(lenient(20s));
+  result.exit_code = child.wait(2s).value_or(-1);
+  return result;
+}
+
+}  // namespace support::ends
