@@ -1339,7 +1339,8 @@ class MemoryEtcd : public Transport {
   void drop_replies(int n, const std::string& path = "");
   /// The request with this number fails (`applied` false) or loses its answer (true).
   void fail_request(std::int64_t number, bool applied);
-  /// The next `n` requests are answered with "etcdserver: no leader".
+  /// The next `n` requests come to a member without a leader. "etcdserver: no leader", it says to
+  /// those that need one, or ask for one (Grpc-Metadata-hasleader), and at once to both.
   void no_leader(int n, const std::string& path = "");
   /// Every answer comes so much later (real time).
   void delay(milliseconds by);
@@ -3085,6 +3086,7 @@ COORDINATION_API void decode(const Json& json, RangeRequest& to) {
   to.sort_order = SortOrder(choice(member(json, "sort_order"), {"NONE", "ASCEND", "DESCEND"}));
   to.sort_target =
       SortTarget(choice(member(json, "sort_target"), {"KEY", "VERSION", "CREATE", "MOD", "VALUE"}));
+  to.serializable = flag(json, "serializable");
   to.keys_only = flag(json, "keys_only");
   to.count_only = flag(json, "count_only");
   to.min_mod_revision = number(json, "min_mod_revision");
@@ -10935,6 +10937,24 @@ COORDINATION_API HttpResponse no_leader_response(const HttpRequest& request) {
           stream ? error_line(refused::kNoLeader) : error_body(refused::kNoLeader)};
 }
 
+COORDINATION_API const std::string* find_header(const HttpRequest& request, const char* name) {
+  for (const auto& header : request.headers) {
+    if (header.first == name) return &header.second;
+  }
+  return nullptr;
+}
+
+/// Not so if a member answers from what it knows by itself.
+COORDINATION_API bool needs_leader(const HttpRequest& request) {
+  if (find_header(request, "Grpc-Metadata-hasleader")) return true;
+  const std::string& path = request.path;
+  if (path == "/v3/kv/range") {
+    const auto range = decode_body<RangeRequest>(request.body);
+    return !range || !range->serializable;
+  }
+  return path != "/v3/watch" && path != "/v3/lease/leases" && path != "/v3/maintenance/status";
+}
+
 /// Gives the body of a good answer to the sink, if there is one.
 COORDINATION_API HttpResponse deliver(HttpResponse response, const ChunkSink& sink) {
   if (!sink || response.status != 200) return response;
@@ -11091,7 +11111,7 @@ class Store {
     if (it != faults_.by_number.end()) return it->second ? Fate::DropReply : Fate::Refuse;
     if (take(faults_.fail_next)) return Fate::Refuse;
     if (take(faults_.drop_replies)) return Fate::DropReply;
-    if (take(faults_.no_leader)) return Fate::NoLeader;
+    if (take(faults_.no_leader) && needs_leader(request)) return Fate::NoLeader;
     return Fate::Serve;
   }
 
@@ -11158,10 +11178,9 @@ class Store {
 
   Answer<Caller> identify(const HttpRequest& request) const {
     if (!accounts_.on) return Caller(mvcc_, nullptr);
-    const auto is_token = [](const auto& header) { return header.first == "Authorization"; };
-    const auto header = std::find_if(request.headers.begin(), request.headers.end(), is_token);
-    if (header == request.headers.end()) return refused::kEmptyUser;
-    const auto token = accounts_.tokens.find(header->second);
+    const std::string* shown = find_header(request, "Authorization");
+    if (!shown) return refused::kEmptyUser;
+    const auto token = accounts_.tokens.find(*shown);
     if (token == accounts_.tokens.end()) return refused::kBadToken;
     return Caller(mvcc_, &accounts_.users.at(token->second));
   }

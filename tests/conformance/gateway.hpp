@@ -135,6 +135,11 @@ class Gateway {
     other.token_ = token;
     return other;
   }
+  Gateway with_header(const std::string& name, const std::string& value) const {
+    Gateway other = *this;
+    other.headers_.emplace_back(name, value);
+    return other;
+  }
 
   coordination::HttpRequest request(const std::string& path, std::string body) const {
     coordination::HttpRequest request;
@@ -143,6 +148,7 @@ class Gateway {
     request.body = std::move(body);
     request.headers = {{"Content-Type", "application/json"}};
     if (!token_.empty()) request.headers.emplace_back("Authorization", token_);
+    request.headers.insert(request.headers.end(), headers_.begin(), headers_.end());
     return request;
   }
 
@@ -221,6 +227,7 @@ class Gateway {
   std::shared_ptr<coordination::Transport> transport_;
   std::string endpoint_;
   std::string token_;
+  decltype(coordination::HttpRequest::headers) headers_;
 };
 
 inline Json create_request(std::int64_t id, const std::string& key, Json fields = Json::object()) {
@@ -233,12 +240,12 @@ inline Json create_request(std::int64_t id, const std::string& key, Json fields 
 class WatchCall {
  public:
   WatchCall(const Gateway& gateway, const std::vector<Json>& orders,
-            milliseconds idle_timeout = milliseconds(0)) {
+            milliseconds idle_timeout = milliseconds(0), bool ask_for_leader = true) {
     std::string body;
     for (const Json& order : orders) body += order.dump() + "\n";
     auto request = gateway.request("/v3/watch", body);
     request.headers.emplace_back("Connection", "close");
-    request.headers.emplace_back("Grpc-Metadata-hasleader", "true");
+    if (ask_for_leader) request.headers.emplace_back("Grpc-Metadata-hasleader", "true");
     request.idle_timeout = idle_timeout;
     thread_ = std::thread([this, &transport = gateway.transport(), request] {
       const auto sink = [this](std::string_view piece) { return lines_.feed(piece), true; };

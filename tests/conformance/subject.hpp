@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "gateway.hpp"
-#include "support/etcd_server.hpp"
+#include "support/etcd_cluster.hpp"
 #include "support/wait.hpp"
 
 namespace conformance {
@@ -56,6 +56,7 @@ enum class Quirk {
   TxnRefusedByFirst,
   LeaseBeforeKeyInTxn,
   KeysOnlyHasNoLease,
+  TimeoutIsUnknown,
 };
 
 /// Which etcds are so. MemoryEtcd never is.
@@ -115,6 +116,14 @@ inline const Difference kDifferences[] = {
      "a put in a txn was looked at for its key first, and is for its lease now, as by itself"},
     {Quirk::KeysOnlyHasNoLease, since(3, 7, 0),
      "keys_only is answered from the index, which knows nothing of leases"},
+    {Quirk::TimeoutIsUnknown, until(3, 4, 99),
+     "3.4 gives the end of some requests' time as code 2, later ones as DeadlineExceeded"},
+};
+
+/// A member without a leader, and what it lives on.
+struct Leaderless {
+  Gateway gateway;
+  std::shared_ptr<void> owner;
 };
 
 /// One etcd under test.
@@ -140,6 +149,8 @@ class Subject {
   virtual Gateway gateway() = 0;
   /// Another of the same kind, with nothing in it.
   virtual std::unique_ptr<Subject> fresh() = 0;
+  /// Another, which has been given the lease 50, and has lost its leader.
+  virtual Leaderless leaderless() = 0;
   /// Switches authentication on: root with the password "root-password", and a user who may do
   /// anything under `prefix`.
   virtual void enable_auth(const std::string& user, const std::string& password,
@@ -167,6 +178,13 @@ class MemorySubject : public Subject {
   MemorySubject() : Subject("MemoryEtcd", kMemoryVersion, true) {}
   Gateway gateway() override { return {etcd_, "http://memory:2379"}; }
   std::unique_ptr<Subject> fresh() override { return std::make_unique<MemorySubject>(); }
+  Leaderless leaderless() override {
+    const auto other = std::make_shared<coordination::MemoryEtcd>();
+    const Gateway g(other, "http://memory:2379");
+    g.grant(50, 600);
+    other->no_leader(1000);
+    return {g, other};
+  }
   void enable_auth(const std::string& user, const std::string& password,
                    const std::string& prefix) override {
     etcd_->enable_auth("root-password");
@@ -188,6 +206,20 @@ class RealSubject : public Subject {
   Gateway gateway() override { return {transport_, server_.url()}; }
   std::unique_ptr<Subject> fresh() override {
     return std::make_unique<RealSubject>(binary_, version());
+  }
+  Leaderless leaderless() override {
+    support::ClusterOptions options;
+    options.binary = binary_;
+    const auto cluster = std::make_shared<support::EtcdCluster>(options);
+    const Gateway g = cluster->gateway(2);
+    REQUIRE(g.grant(50, 600).status == 200);
+    cluster->kill(0);
+    cluster->kill(1);
+    const Gateway asking = g.with_header("Grpc-Metadata-hasleader", "true");
+    // Not by what needs a quorum: that would wait with those who still believe in the leader.
+    const Json local = {{"key", b64("a")}, {"serializable", true}};
+    REQUIRE(support::wait_until([&] { return asking.range(local).status == 503; }, 30s));
+    return {g, cluster};
   }
   void enable_auth(const std::string& user, const std::string& password,
                    const std::string& prefix) override {

@@ -111,6 +111,14 @@ TEST_CASE_FIXTURE(Fixture,
   CHECK(etcd->keys() == std::vector<std::string>{"b"});
 }
 
+TEST_CASE_FIXTURE(Fixture, "without a leader a member still answers from what it knows") {
+  const Json local = {{"key", gateway::b64("a")}, {"serializable", true}};
+  etcd->no_leader(2);
+  CHECK(gateway.range(local).status == 200);
+  CHECK(gateway.with_header("Grpc-Metadata-hasleader", "true").range(local).status == 503);
+  CHECK(gateway.range(local).status == 200);
+}
+
 TEST_CASE_FIXTURE(Fixture, "a fault can be for one kind of request alone") {
   etcd->fail_next(1, "/v3/kv/put");
   etcd->drop_replies(1, "/v3/kv/deleterange");
