@@ -147,8 +147,8 @@ class Subject {
   }
 
   virtual Gateway gateway() = 0;
-  /// Another of the same kind, with nothing in it.
-  virtual std::unique_ptr<Subject> fresh() = 0;
+  /// Another of the same kind, with nothing in it; `flags` are for real ones.
+  virtual std::unique_ptr<Subject> fresh(const std::vector<std::string>& flags = {}) = 0;
   /// Another, which has been given the lease 50, and has lost its leader.
   virtual Leaderless leaderless() = 0;
   /// Switches authentication on: root with the password "root-password", and a user who may do
@@ -177,7 +177,9 @@ class MemorySubject : public Subject {
  public:
   MemorySubject() : Subject("MemoryEtcd", kMemoryVersion, true) {}
   Gateway gateway() override { return {etcd_, "http://memory:2379"}; }
-  std::unique_ptr<Subject> fresh() override { return std::make_unique<MemorySubject>(); }
+  std::unique_ptr<Subject> fresh(const std::vector<std::string>&) override {
+    return std::make_unique<MemorySubject>();
+  }
   Leaderless leaderless() override {
     const auto other = std::make_shared<coordination::MemoryEtcd>();
     const Gateway g(other, "http://memory:2379");
@@ -198,14 +200,14 @@ class MemorySubject : public Subject {
 
 class RealSubject : public Subject {
  public:
-  RealSubject(std::string binary, int number)
+  RealSubject(std::string binary, int number, const std::vector<std::string>& flags = {})
       : Subject("etcd " + text(number), number, false), binary_(std::move(binary)),
-        server_(options(binary_)), transport_(coordination::make_default_transport()) {
+        server_(options(binary_, flags)), transport_(coordination::make_default_transport()) {
     set_gateway_v1(RealSubject::gateway().range(Json::object()).json.contains("error"));
   }
   Gateway gateway() override { return {transport_, server_.url()}; }
-  std::unique_ptr<Subject> fresh() override {
-    return std::make_unique<RealSubject>(binary_, version());
+  std::unique_ptr<Subject> fresh(const std::vector<std::string>& flags) override {
+    return std::make_unique<RealSubject>(binary_, version(), flags);
   }
   Leaderless leaderless() override {
     support::ClusterOptions options;
@@ -244,9 +246,11 @@ class RealSubject : public Subject {
   void let_pass(milliseconds) override {}
 
  private:
-  static support::EtcdOptions options(const std::string& binary) {
+  static support::EtcdOptions options(const std::string& binary,
+                                      const std::vector<std::string>& flags) {
     support::EtcdOptions options;
     options.binary = binary;
+    options.flags = flags;
     return options;
   }
   static std::string text(int number) {
