@@ -75,8 +75,8 @@ struct Row {
   void add(const Outcomes& one) {
     ++rounds;
     for (auto gap : {&Outcomes::read, &Outcomes::read_1s, &Outcomes::write, &Outcomes::write_2s,
-                     &Outcomes::new_writes, &Outcomes::watch, &Outcomes::idle_watch,
-                     &Outcomes::worst_overrun}) {
+                     &Outcomes::new_writes, &Outcomes::control, &Outcomes::watch,
+                     &Outcomes::idle_watch, &Outcomes::worst_overrun}) {
       worst.*gap = std::max(worst.*gap, one.*gap);
     }
     for (auto count :
@@ -91,10 +91,10 @@ struct Row {
     char line[300];
     std::snprintf(
         line, sizeof(line),
-        "%5.2f %5.2f | %5.2f %5.2f %5.2f | %5.2f %5.2f | %3d/%-3d (%3d/%-3d) | %3d %5.2f | "
+        "%5.2f %5.2f | %5.2f %5.2f %5.2f (%5.2f) | %5.2f %5.2f | %3d/%-3d (%3d/%-3d) | %3d %5.2f | "
         "%6d %2d/%d/%d | %6d %3d %d | %d %d",
-        worst.read, worst.read_1s, worst.write, worst.write_2s, worst.new_writes, worst.watch,
-        worst.idle_watch, worst.locks_kept, worst.locks,
+        worst.read, worst.read_1s, worst.write, worst.write_2s, worst.new_writes, worst.control,
+        worst.watch, worst.idle_watch, worst.locks_kept, worst.locks,
         Control::kLeases * rounds - worst.control_lost, Control::kLeases * rounds, worst.overrun,
         worst.worst_overrun, worst.events, worst.lost, worst.repeated, worst.reordered,
         worst.writes, worst.maybe, worst.lies, worst.keys_left, worst.leases_left);
@@ -109,7 +109,8 @@ class Table {
     if (rows_.empty()) return;
     std::printf(
         "\nlongest gaps in seconds; reads within 5 s, within 1 s | writes within 5 s, within 2 s, "
-        "begun every 0.15 s\n| an event after its write: busy, idle | locks kept (control) | calls "
+        "begun every 0.15 s (control)\n| an event after its write: busy, idle | locks kept "
+        "(control) | calls "
         "late, by | events, lost/repeated/reordered\n| writes, maybe applied, lied about | keys "
         "left, leases left\n");
     for (const auto& [name, row] : rows_) {
@@ -143,11 +144,11 @@ std::string summary(const Outcomes& out) {
   return text;
 }
 
-/// On a busy machine everything takes a while longer.
-double slack() { return is_long() ? 0 : 2; }
-
 void judge(const Scenario& scenario, const Outcomes& out) {
-  const auto within = [](double gap, double limit) { return limit < 0 || gap <= limit + slack(); };
+  // On a busy machine everything takes a while longer, and an election may take etcd more than one
+  // attempt, whoever asks.
+  const double slack = (is_long() ? 0 : 2) + std::max(0.0, out.control - 2);
+  const auto within = [&](double gap, double limit) { return limit < 0 || gap <= limit + slack; };
   for (const auto& note : out.notes) MESSAGE(note);
   CHECK_MESSAGE(within(out.read_1s, scenario.read_1s),
                 "no read in 1 s for " << out.read_1s << " s");
