@@ -268,6 +268,7 @@ class Watcher {
 struct Outcomes {
   double read{0}, read_1s{0};                   // longest gaps, in seconds
   double write{0}, write_2s{0}, new_writes{0};  // the last one: of writes begun every 0.15 s
+  double newcomers{0};                          // of programs that connect and read
   double control{0};                            // of writes without the library
   double watch{0}, idle_watch{0};               // how long after its write an event came
   int locks{0}, locks_kept{0}, control_lost{0}, lies_of_locks{0}, registrations{0};
@@ -381,6 +382,7 @@ class Load {
       writers_.add(0ms, [this] { write_at_next_tick(); });
     }
     writers_.add(50ms, [this] { wait_for_a_lock(); });
+    writers_.add(250ms, [this] { come_new(); });
   }
   void read_every(Gap& gap, milliseconds limit, const char* what) {
     writers_.add(20ms, [this, &gap, limit, what] {
@@ -418,6 +420,17 @@ class Load {
     }
     if (writers_.rest_until(mine)) write(new_writes_, 5s, "/raw/new", "put within 5 s");
   }
+  /// A program that begins now, and reads.
+  void come_new() {
+    auto newcomer = deadlines_.keep(5s, "connect within 5 s", [&](const Context& ctx) {
+      return Coordinator::connect(options_, ctx);
+    });
+    if (!newcomer) return;
+    const auto got = deadlines_.keep(5s, "a first get within 5 s", [&](const Context& ctx) {
+      return newcomer->client().get(prefix() + "/read", ctx);
+    });
+    if (got) newcomers_.hit();
+  }
   void wait_for_a_lock() {
     auto lock = deadlines_.keep(2s, "acquire within 2 s", [&](const Context& ctx) {
       return busy_->lock().acquire("lock0", 10s, ctx);
@@ -425,7 +438,9 @@ class Load {
     static_cast<void>(lock);  // if it was lost by its holder, it is given back at once
   }
 
-  std::vector<Gap*> gaps() { return {&read_, &read_1s_, &write_, &write_2s_, &new_writes_}; }
+  std::vector<Gap*> gaps() {
+    return {&read_, &read_1s_, &write_, &write_2s_, &new_writes_, &newcomers_};
+  }
   void begin() {
     begin_ = std::chrono::steady_clock::now();
     for (Gap* gap : gaps()) gap->begin();
@@ -437,6 +452,7 @@ class Load {
     out.write = write_.longest();
     out.write_2s = write_2s_.longest();
     out.new_writes = new_writes_.longest();
+    out.newcomers = newcomers_.longest();
     out.control = control_.gap().longest();
     out.overrun = deadlines_.overrun();
     out.worst_overrun = deadlines_.worst();
@@ -600,7 +616,7 @@ class Load {
   std::vector<Lock> locks_;
   std::optional<Leadership> leadership_;
 
-  Gap read_, read_1s_, write_, write_2s_, new_writes_;
+  Gap read_, read_1s_, write_, write_2s_, new_writes_, newcomers_;
   Deadlines deadlines_;
   Claims claims_;
   std::atomic<int> values_{0};
