@@ -2486,11 +2486,11 @@ COORDINATION_API std::string text(const Json& object, const char* name) {
   return value.is_string() ? value.get<std::string>() : std::string();
 }
 
-/// Empty if it is something else than base64.
+/// Empty if it is a text that is no base64.
 COORDINATION_API std::optional<std::string> some_bytes(const Json& object, const char* name) {
   const Json& value = member(object, name);
-  if (value.is_null()) return std::string();
-  return value.is_string() ? base64_decode(value.get_ref<const std::string&>()) : std::nullopt;
+  if (!value.is_string()) return std::string();
+  return base64_decode(value.get_ref<const std::string&>());
 }
 
 COORDINATION_API std::string bytes(const Json& object, const char* name) {
@@ -3629,6 +3629,7 @@ class ConnectRace {
 
   void start(SteadyTime now) {
     next_start_ = now + kHeadStart;
+    if (now >= deadline_) return void(next_ = addresses_.size());
     auto& to = addresses_[next_];
     Runner runner{::socket(to.bytes.ss_family, SOCK_STREAM, 0), next_++, now,
                   (std::min)(deadline_, now + SteadyTime::duration(kMost))};
@@ -4152,6 +4153,9 @@ class HttpStream : public httplib::Stream {
     std::memcpy(to, &input_[at_], n);
     at_ += n;
     head_left_ -= (std::min)(head_left_, n);
+    // httplib takes lines byte by byte: here those between the chunks.
+    line_ = size == 1 && *to != '\n' ? line_ + 1 : 0;
+    if (line_ > most_head_) return fail("a chunk of the answer has no length"), -1;
     return static_cast<ssize_t>(n);
   }
 
@@ -4254,7 +4258,7 @@ class HttpStream : public httplib::Stream {
   const milliseconds idle_;
   const std::size_t most_head_;
   std::string input_;  // from at_ on it has not been handed out
-  std::size_t at_{0}, head_left_{0}, heads_{0};
+  std::size_t at_{0}, head_left_{0}, heads_{0}, line_{0};
   SteadyTime heard_{steady_clock::now()};
   bool in_body_{false};
   bool sent_{false}, refused_{false};

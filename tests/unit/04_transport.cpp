@@ -5,7 +5,9 @@
 #include <sys/resource.h>
 
 #include <atomic>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <list>
 #include <thread>
 
@@ -731,11 +733,63 @@ TEST_CASE("transport: an answer without end is not read without end") {
   CHECK(flood("HTTP/1.1 200 ", much).cause == head);
   CHECK(flood("HTTP/1.1 200 OK\r\n", "X-Filler: 123456789\r\n" + much).cause == head);
   CHECK(flood("", "HTTP/1.1 103 Early Hints\r\n\r\n").cause == head);
+  CHECK(flood(kChunkedHead, much).cause == "a chunk of the answer has no length");
+  CHECK(flood(kChunkedHead, "1;" + much).cause == "a chunk of the answer has no length");
   const auto body = flood(kChunkedHead, chunk(much));
   CHECK(body.code == ErrorCode::Internal);
   CHECK(body.cause == "the answer is longer than 4194304 bytes (CoordinatorOptions::limits)");
   CHECK(flood("HTTP/1.1 500 Oh\r\nContent-Length: 1000000000\r\n\r\n", much).cause == body.cause);
 }
+
+TEST_CASE("transport: a line of a stream without end is not read without end") {
+  const std::string much(100000, 'A');
+  for (const bool lines : {false, true}) {
+    const RawServer server(after_request([&](Wire& wire) {
+      wire.send(kChunkedHead);
+      for (int i = 0; i < 1000 && wire.send(chunk(lines ? "x\n" + much : much)); ++i) {
+      }
+      wire.send("0\r\n\r\n");
+    }));
+    LimitOptions limits;
+    limits.body = 150000;
+    std::size_t passed = 0;
+    const auto answer =
+        make_default_transport({}, limits)
+            ->perform(post(server),
+                      [&](std::string_view piece) { return passed += piece.size(), true; }, {});
+    if (lines) {
+      REQUIRE_MESSAGE(answer, text_of(answer));
+      CHECK(passed == 1000 * (much.size() + 2));
+      continue;
+    }
+    REQUIRE_FALSE(answer);
+    CHECK(answer.error().code == ErrorCode::Connection);
+    CHECK(answer.error().cause.find("the answer is longer than 150000 bytes") == 0);
+    CHECK(passed <= limits.body);
+  }
+}
+
+#if defined(CPPHTTPLIB_ZLIB_SUPPORT)
+TEST_CASE("transport: what is unpacked counts, not what is sent") {
+  const TempDir folder;
+  const auto file = folder.file("bomb.gz");
+  REQUIRE(run({"sh", "-c", "head -c 50000000 /dev/zero | gzip -9 > " + file}).ok());
+  std::ifstream stream(file, std::ios::binary);
+  const std::string bomb{std::istreambuf_iterator<char>(stream), {}};
+  REQUIRE(bomb.size() < 100000);
+  const RawServer server(after_request([&](Wire& wire) {
+    wire.send("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: " +
+              std::to_string(bomb.size()) + "\r\n\r\n" + bomb);
+  }));
+  LimitOptions limits;
+  limits.body = 4 * 1024 * 1024;
+  const auto transport = make_default_transport({}, limits);
+  const auto answer = transport->perform(post(server), nullptr, {});
+  REQUIRE_FALSE(answer);
+  CHECK(answer.error().code == ErrorCode::Internal);
+  CHECK(answer.error().cause.find("the answer is longer than 4194304 bytes") == 0);
+}
+#endif
 
 TEST_CASE("transport: a long reason, 1xx heads: read as what they are") {
   for (const auto& head : {"HTTP/1.1 200 " + std::string(60000, 'A') + "\r\n",
