@@ -3902,6 +3902,11 @@ class TlsFactory {
 
 #endif
 
+/// Whether that is what somebody must be told who only knows that it has ended.
+COORDINATION_API bool is_about_its_end(const std::string& cause) {
+  return cause == "the connection was closed" || cause == "the connection was reset";
+}
+
 /// A connection to one member. Its socket does not block, so that every wait has an end. One
 /// thread uses it; another may cut it.
 class Connection {
@@ -4029,7 +4034,7 @@ class TlsConnection : public Connection {
     if (!prepare()) return fail(openssl_words());
     auto result = transfer([this] { return SSL_connect(ssl_.get()); }, POLLIN, until);
     if (result > 0) return true;
-    if (cause() == "the connection was closed") fail(cause() + " in the TLS handshake");
+    if (is_about_its_end(cause())) fail(cause() + " in the TLS handshake: is it an http port?");
     if (!cause().empty()) return false;
     return fail("no answer in " + seconds_words(until - began) + " to the TLS handshake");
   }
@@ -4096,14 +4101,16 @@ class TlsConnection : public Connection {
       case SSL_R_UNEXPECTED_EOF_WHILE_READING: fail("the connection was closed"); break;
 #endif
       case SSL_R_WRONG_VERSION_NUMBER:
-      case SSL_R_HTTP_REQUEST: fail("https spoken to a port without TLS: is it http?"); break;
+      case SSL_R_HTTP_REQUEST:
+        fail("https spoken to a port without TLS: is it an http port?");
+        break;
       case SSL_R_UNSUPPORTED_PROTOCOL:
       case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
         fail("the server has no version of TLS that is new enough");
         break;
       case SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE:
         if (!asked_) {
-          fail("TLS has failed: " + openssl_words());
+          fail("the server has refused the TLS handshake: no version or cipher in common");
           break;
         }
         [[fallthrough]];
@@ -4208,7 +4215,7 @@ class HttpStream : public httplib::Stream {
     if (cause_.empty()) {
       auto silent = seconds_words(steady_clock::now() - heard_);
       cause_ = in_body_ ? "nothing more came in " + silent : "no answer in " + silent;
-    } else if (cause_.compare(0, 18, "the connection was") == 0) {
+    } else if (is_about_its_end(cause_)) {
       cause_ += in_body_ ? " in the middle of the answer" : " before an answer came";
     }
   }
@@ -4380,7 +4387,7 @@ class HttplibTransport : public Transport {
   }
 
   Result<HttpResponse> judge(const HttpRequest& request, Exchange& state, bool whole,
-                             const HttpStream& stream, const Context& ctx) const {
+                             const HttpStream& stream, const Context& ctx) {
     if (whole && !ctx.cancelled()) return std::move(state.response);
     auto what = "the request to " + request.endpoint + " failed";
     if (state.too_long) {  // a whole answer may be so long because so much was asked for
@@ -4392,7 +4399,16 @@ class HttplibTransport : public Transport {
     bool refused = state.response.status >= 400 && !state.response.body.empty();
     if (refused && !ctx.done()) return std::move(state.response);
     auto cause = stream.cause().empty() ? "the answer is no HTTP" : stream.cause();
+    // So a server that expects TLS turns http away; but so ends any server, too.
+    bool no_word = cause == "the connection was closed before an answer came";
+    if (no_word && is_stranger(request.endpoint)) cause += ": is it an https port?";
     return failed(ctx, what, cause, stream.sent());
+  }
+
+  /// Whether nobody has ever answered there.
+  bool is_stranger(const std::string& endpoint) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return endpoint.compare(0, 5, "https") != 0 && served_.count(endpoint) == 0;
   }
 
   static Error failed(const Context& ctx, const std::string& what, const std::string& cause,
@@ -4418,6 +4434,7 @@ class HttplibTransport : public Transport {
 
   void give_back(const std::string& endpoint, Held connection) {
     std::lock_guard<std::mutex> lock(mutex_);
+    served_.insert(endpoint);
     auto& idle = idle_[endpoint];
     if (idle.size() < kMostIdle) idle.push_back(std::move(connection));
   }
@@ -4452,6 +4469,7 @@ class HttplibTransport : public Transport {
   TlsFactory factory_{tls_};
 #endif
   std::mutex mutex_;
+  std::set<std::string> served_;
   std::map<std::string, std::vector<Held>> idle_;
   std::map<std::string, std::optional<Address>> known_;  // the address that worked the last time
 };

@@ -467,7 +467,7 @@ TEST_CASE("TLS: https to a plain port, and http to a TLS port") {
   REQUIRE_FALSE(wrong);
   CHECK(wrong.error().code == ErrorCode::Connection);
   CHECK(wrong.error().outcome == Outcome::NotApplied);
-  CHECK(wrong.error().cause == "https spoken to a port without TLS: is it http?");
+  CHECK(wrong.error().cause.find("is it an http port?") != std::string::npos);
 
   const TlsFiles files;
   const EtcdServer server(EtcdOptions{"", files.etcd_flags(false), "https", "127.0.0.1"});
@@ -476,5 +476,5 @@ TEST_CASE("TLS: https to a plain port, and http to a TLS port") {
   const auto connected = Coordinator::connect(options);
   REQUIRE_FALSE(connected);
   CHECK(to_string(connected.error()).find(server.endpoint()) != std::string::npos);
-  CHECK(to_string(connected.error()).find("http spoken to an https port") != std::string::npos);
+  CHECK(to_string(connected.error()).find("https port") != std::string::npos);
 }

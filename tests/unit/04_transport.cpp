@@ -688,7 +688,8 @@ TEST_CASE("transport: why there is no answer, in plain words") {
   };
   const std::string some = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{";
   const auto stay = [](Wire& wire) { wire.wait_for_end(); };
-  CHECK(cause([](Wire&) {}) == "the connection was closed before an answer came");
+  CHECK(cause([](Wire&) {}) ==
+        "the connection was closed before an answer came: is it an https port?");
   CHECK(cause([&](Wire& wire) { wire.send(some); }) ==
         "the connection was closed in the middle of the answer");
   CHECK(cause(stay, 200ms).find("no answer in 0.2") == 0);
@@ -701,6 +702,19 @@ TEST_CASE("transport: why there is no answer, in plain words") {
   CHECK(cause([&](Wire& wire) {
           wire.send("HTTP/1.1 2000 OK\r\n\r\n"), stay(wire);
         }).find("the answer is no HTTP, but ") == 0);
+}
+
+TEST_CASE("transport: whoever has answered http is not asked whether it is https") {
+  const RawServer server([](Wire& wire) {
+    wire.read_request();
+    wire.send(http("200 OK", "{}"));
+    wire.read_request();
+  });
+  const auto transport = make_default_transport();
+  CHECK(transport->perform(post(server), nullptr, {}));
+  const auto answer = transport->perform(post(server), nullptr, {});
+  REQUIRE_FALSE(answer);
+  CHECK(answer.error().cause == "the connection was closed before an answer came");
 }
 
 // What is too much.
@@ -733,8 +747,11 @@ TEST_CASE("transport: an answer without end is not read without end") {
   CHECK(flood("HTTP/1.1 200 ", much).cause == head);
   CHECK(flood("HTTP/1.1 200 OK\r\n", "X-Filler: 123456789\r\n" + much).cause == head);
   CHECK(flood("", "HTTP/1.1 103 Early Hints\r\n\r\n").cause == head);
-  CHECK(flood(kChunkedHead, much).cause == "a chunk of the answer has no length");
-  CHECK(flood(kChunkedHead, "1;" + much).cause == "a chunk of the answer has no length");
+  for (const char* chunks : {"", "1;"}) {  // newer versions of httplib have a limit of their own
+    const auto cause = flood(kChunkedHead, chunks + much).cause;
+    const bool ours = cause == "a chunk of the answer has no length";
+    CHECK_MESSAGE((ours || cause == "the answer is no HTTP"), cause);
+  }
   const auto body = flood(kChunkedHead, chunk(much));
   CHECK(body.code == ErrorCode::Internal);
   CHECK(body.cause == "the answer is longer than 4194304 bytes (CoordinatorOptions::limits)");
