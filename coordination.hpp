@@ -1031,16 +1031,11 @@ const std::shared_ptr<ViewCore>& stand_in(ViewCore*);
 void let_go(const std::shared_ptr<ViewCore>& view);
 }  // namespace detail
 
-/// The instances of one service, kept up to date. Move-only.
-class [[nodiscard]] ServiceView {
+/// What ServiceView and ConfigView have in common: a copy of what is in etcd, kept up to date.
+/// Move-only.
+class [[nodiscard]] LiveView {
  public:
-  enum class Pick { RoundRobin, Random };
-
-  /// All instances at one revision, by id. Local: no request is sent.
-  std::vector<ServiceInfo> instances() const;
-  /// One of them. Errors: NotFound if there is none.
-  Result<ServiceInfo> pick(Pick how = Pick::RoundRobin);
-  /// The revision that instances() stands for.
+  /// The revision that all of it stands for.
   std::int64_t revision() const;
   /// Blocks: until the view shows a change of this revision or a later one; for one's own writes.
   Result<void> wait_for(std::int64_t revision, Context ctx = {}) const;
@@ -1049,13 +1044,26 @@ class [[nodiscard]] ServiceView {
   /// How long ago etcd was last heard of; zero while connected.
   milliseconds age() const;
   /// Calls `handler` after every change; several changes may be told in one call. At first also
-  /// for those that came before it was set. A handler that is set later adds to those before.
+  /// for those that came before it was set. A handler that is set later adds to those before; all
+  /// of them live as long as this handle.
   void on_change(std::function<void()> handler);
 
-  explicit ServiceView(std::shared_ptr<detail::ViewCore> core) : core_(std::move(core)) {}
+  explicit LiveView(std::shared_ptr<detail::ViewCore> core) : core_(std::move(core)) {}
 
- private:
+ protected:
   detail::Handle<detail::ViewCore> core_;
+};
+
+/// The instances of one service.
+class [[nodiscard]] ServiceView : public LiveView {
+ public:
+  enum class Pick { RoundRobin, Random };
+  using LiveView::LiveView;
+
+  /// All instances at one revision, by id. Local: no request is sent.
+  std::vector<ServiceInfo> instances() const;
+  /// One of them. Errors: NotFound if there is none.
+  Result<ServiceInfo> pick(Pick how = Pick::RoundRobin);
 };
 
 /// Services by name. A name or id is one segment: not empty, no '/', not `.` or `..`.
@@ -1079,10 +1087,14 @@ class ServiceRegistry {
 
   /// Every change from now on. A Coordinator that cannot follow (compaction) reads again and
   /// delivers the difference.
-  Result<Watch<ServiceEvent>> watch(std::string name, Context ctx = {});
   Result<Watch<ServiceEvent>> watch(std::string name, WatchOptions options, Context ctx = {});
+  Result<Watch<ServiceEvent>> watch(std::string name, Context ctx = {}) {
+    return watch(std::move(name), WatchOptions{}, std::move(ctx));
+  }
   Result<Subscription> watch(std::string name, std::function<void(const ServiceEvent&)> handler,
-                             Context ctx = {});
+                             Context ctx = {}) {
+    return watch(std::move(name), std::move(handler), WatchOptions{}, std::move(ctx));
+  }
   Result<Subscription> watch(std::string name, std::function<void(const ServiceEvent&)> handler,
                              WatchOptions options, Context ctx = {});
   Result<ServiceView> view(std::string name, Context ctx = {});
@@ -1135,9 +1147,11 @@ Result<T> convert(const Json& json, const std::string& key) {
 
 }  // namespace detail
 
-/// The configuration under a prefix, kept up to date. Move-only.
-class [[nodiscard]] ConfigView {
+/// The configuration under a prefix.
+class [[nodiscard]] ConfigView : public LiveView {
  public:
+  using LiveView::LiveView;
+
   /// Local: no request is sent. Errors: NotFound.
   Result<nlohmann::json> get(const std::string& key) const;
   Result<ConfigEntry> get_entry(const std::string& key) const;
@@ -1148,19 +1162,6 @@ class [[nodiscard]] ConfigView {
     return detail::convert<T>(*json, key);
   }
   std::vector<std::string> keys() const;
-  /// The revision that all of it stands for.
-  std::int64_t revision() const;
-  /// As ServiceView's.
-  Result<void> wait_for(std::int64_t revision, Context ctx = {}) const;
-  /// As ServiceView's.
-  bool connected() const;
-  milliseconds age() const;
-  void on_change(std::function<void()> handler);
-
-  explicit ConfigView(std::shared_ptr<detail::ViewCore> core) : core_(std::move(core)) {}
-
- private:
-  detail::Handle<detail::ViewCore> core_;
 };
 
 /// Configuration by key, under `<key_prefix>/config/<key>`. Keys are as for DistributedLock.
@@ -1193,19 +1194,23 @@ class ConfigCenter {
   Result<std::vector<std::string>> list(std::string prefix, Context ctx = {});
 
   /// Every change of one key from now on. After a compaction: as ServiceRegistry::watch.
-  Result<Watch<ConfigEvent>> watch(std::string key, Context ctx = {});
   Result<Watch<ConfigEvent>> watch(std::string key, WatchOptions options, Context ctx = {});
+  Result<Watch<ConfigEvent>> watch(std::string key, Context ctx = {});
   Result<Subscription> watch(std::string key, std::function<void(const ConfigEvent&)> handler,
-                             Context ctx = {});
+                             Context ctx = {}) {
+    return watch(std::move(key), std::move(handler), WatchOptions{}, std::move(ctx));
+  }
   Result<Subscription> watch(std::string key, std::function<void(const ConfigEvent&)> handler,
                              WatchOptions options, Context ctx = {});
   /// Every change of what list(prefix) lists.
-  Result<Watch<ConfigEvent>> watch_prefix(std::string prefix, Context ctx = {});
   Result<Watch<ConfigEvent>> watch_prefix(std::string prefix, WatchOptions options,
                                           Context ctx = {});
+  Result<Watch<ConfigEvent>> watch_prefix(std::string prefix, Context ctx = {});
   Result<Subscription> watch_prefix(std::string prefix,
                                     std::function<void(const ConfigEvent&)> handler,
-                                    Context ctx = {});
+                                    Context ctx = {}) {
+    return watch_prefix(std::move(prefix), std::move(handler), WatchOptions{}, std::move(ctx));
+  }
   Result<Subscription> watch_prefix(std::string prefix,
                                     std::function<void(const ConfigEvent&)> handler,
                                     WatchOptions options, Context ctx = {});
@@ -2107,7 +2112,9 @@ struct Executor : std::enable_shared_from_this<Executor> {
 
   bool runs_handler_here() const { return callbacks->runs_here() || losses->runs_here(); }
 
-  void stop(SteadyTime limit, const Log& log = Log({})) {
+  /// Handlers are waited for until `patience` ends, for ever if there is none.
+  void stop(SteadyTime limit, const Log& log = Log({}),
+            std::optional<SteadyTime> patience = std::nullopt) {
     timer.stop();
     auto soon_over = {renewals, asides, logins, background, readers, streams};
     auto handlers = {losses, callbacks};
@@ -2115,7 +2122,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
     for (auto& lane : handlers) lane->stop();
     timer.join(limit);
     for (auto& lane : soon_over) lane->join(limit);
-    for (auto& lane : handlers) lane->join(std::nullopt, log);
+    for (auto& lane : handlers) lane->join(patience, log);
   }
 };
 
@@ -2325,17 +2332,17 @@ struct ManualClock::State {
     for (auto& fn : called) all.erase(std::remove(all.begin(), all.end(), fn), all.end());
   }
 
-  /// From now to the next thing that is due, or less.
-  Clock::time_point::duration step(Clock::time_point::duration most) {
+  /// From now to the next thing that is due, or less. Only a `first` step is for what is overdue.
+  Clock::time_point::duration step(Clock::time_point::duration most, bool first) {
     std::unique_lock<std::mutex> lock(mutex);
     const auto from = now;
     lock.unlock();
     auto next = from + most;
     visit(agendas, [&](const std::optional<time_point>& due) {
-      if (due && *due > from) next = (std::min)(next, *due);
+      if (due && (first || *due > from)) next = (std::min)(next, *due);
       return !due;
     });
-    return next - from;
+    return most.count() > 0 ? (std::max)(next, from) - from : most;
   }
 };
 
@@ -2359,8 +2366,9 @@ COORDINATION_API void ManualClock::ask(std::function<std::optional<time_point>()
 
 COORDINATION_API void ManualClock::advance(milliseconds by) {
   time_point::duration left = by;
+  bool first = true;
   do {
-    auto step = state_->step(left);
+    auto step = state_->step(left, std::exchange(first, false));
     left -= step;
     {
       std::lock_guard<std::mutex> lock(state_->mutex);
@@ -3812,6 +3820,12 @@ class TlsFactory {
     return last_;
   }
 
+  /// OpenSSL's own end, at exit, may come before ours.
+  void forget() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    last_.reset();
+  }
+
  private:
   Result<Ssl> make(const std::array<Pem, 3>& pems) const {
     Ssl ssl(SSL_CTX_new(TLS_client_method()), SSL_CTX_free);
@@ -4292,6 +4306,9 @@ class HttplibTransport : public Transport {
     std::map<std::string, std::vector<Held>> closed;  // destroyed outside the lock
     std::lock_guard<std::mutex> lock(mutex_);
     closed.swap(idle_);
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+    factory_.forget();
+#endif
   }
 
   Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
@@ -6244,17 +6261,12 @@ COORDINATION_API void LeaseKeeper::watch_deadline(SteadyTime deadline) {
 }
 
 COORDINATION_API SteadyTime LeaseKeeper::next_due() {
-  auto client = client_.lock();
   auto next = (SteadyTime::max)();
-  if (!client) return next;
-  auto now = client->clock->now();
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& entry : leases_) {
     auto& lease = *entry.second;
     auto renewal = (std::max)(lease.due, lease.deadline() - lease.ttl() * 2 / 3);
-    for (auto time : {renewal, lease.deadline()}) {
-      if (time > now) next = (std::min)(next, time);
-    }
+    next = (std::min)({next, renewal, lease.deadline()});
   }
   return next;
 }
@@ -9547,21 +9559,12 @@ COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std:
   return services;
 }
 
-COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name, Context ctx) {
-  return watch(std::move(name), WatchOptions{}, std::move(ctx));
-}
-
 COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name,
                                                                     WatchOptions options,
                                                                     Context ctx) {
   auto plan = detail::services_plan(*state_, name, options);
   if (!plan) return plan.error();
   return detail::open_watch(*plan, ctx);
-}
-
-COORDINATION_API Result<Subscription> ServiceRegistry::watch(
-    std::string name, std::function<void(const ServiceEvent&)> handler, Context ctx) {
-  return watch(std::move(name), std::move(handler), WatchOptions{}, std::move(ctx));
 }
 
 COORDINATION_API Result<Subscription> ServiceRegistry::watch(
@@ -9593,16 +9596,16 @@ COORDINATION_API Result<ServiceInfo> ServiceView::pick(Pick how) {
   return (*services)[turn % services->size()];
 }
 
-COORDINATION_API Result<void> ServiceView::wait_for(std::int64_t revision, Context ctx) const {
+COORDINATION_API Result<void> LiveView::wait_for(std::int64_t revision, Context ctx) const {
   return core_->wait_for(revision, ctx);
 }
 
-COORDINATION_API std::int64_t ServiceView::revision() const {
+COORDINATION_API std::int64_t LiveView::revision() const {
   return core_->feed->look([](const auto&, std::int64_t revision) { return revision; });
 }
-COORDINATION_API bool ServiceView::connected() const { return core_->feed->connected(); }
-COORDINATION_API milliseconds ServiceView::age() const { return core_->feed->age(); }
-COORDINATION_API void ServiceView::on_change(std::function<void()> handler) {
+COORDINATION_API bool LiveView::connected() const { return core_->feed->connected(); }
+COORDINATION_API milliseconds LiveView::age() const { return core_->feed->age(); }
+COORDINATION_API void LiveView::on_change(std::function<void()> handler) {
   core_->add_handler(std::move(handler));
 }
 
@@ -9829,11 +9832,6 @@ COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key,
 }
 
 COORDINATION_API Result<Subscription> ConfigCenter::watch(
-    std::string key, std::function<void(const ConfigEvent&)> handler, Context ctx) {
-  return watch(std::move(key), std::move(handler), WatchOptions{}, std::move(ctx));
-}
-
-COORDINATION_API Result<Subscription> ConfigCenter::watch(
     std::string key, std::function<void(const ConfigEvent&)> handler, WatchOptions options,
     Context ctx) {
   auto plan = detail::config_key_plan(*state_, key, options);
@@ -9852,11 +9850,6 @@ COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::stri
   auto plan = detail::config_range_plan(*state_, std::move(prefix), options);
   if (!plan) return plan.error();
   return detail::open_watch(*plan, ctx);
-}
-
-COORDINATION_API Result<Subscription> ConfigCenter::watch_prefix(
-    std::string prefix, std::function<void(const ConfigEvent&)> handler, Context ctx) {
-  return watch_prefix(std::move(prefix), std::move(handler), WatchOptions{}, std::move(ctx));
 }
 
 COORDINATION_API Result<Subscription> ConfigCenter::watch_prefix(
@@ -9905,19 +9898,6 @@ COORDINATION_API std::vector<std::string> ConfigView::keys() const {
     }
     return keys;
   });
-}
-
-COORDINATION_API Result<void> ConfigView::wait_for(std::int64_t revision, Context ctx) const {
-  return core_->wait_for(revision, ctx);
-}
-
-COORDINATION_API std::int64_t ConfigView::revision() const {
-  return core_->feed->look([](const auto&, std::int64_t revision) { return revision; });
-}
-COORDINATION_API bool ConfigView::connected() const { return core_->feed->connected(); }
-COORDINATION_API milliseconds ConfigView::age() const { return core_->feed->age(); }
-COORDINATION_API void ConfigView::on_change(std::function<void()> handler) {
-  core_->add_handler(std::move(handler));
 }
 
 // == 12. Coordinator ============================================================================
@@ -10016,7 +9996,7 @@ COORDINATION_API Result<void> knock(ClientState& client, const Context& given) {
 }
 
 /// True for the first; the others wait for it, unless it may be waiting for them.
-COORDINATION_API bool begin_close(CoordinatorState& state) {
+COORDINATION_API bool begin_close(CoordinatorState& state, SteadyTime patience) {
   auto& client = *state.client;
   bool in_handler = client.executor->runs_handler_here();
   std::unique_lock<std::mutex> lock(state.mutex);
@@ -10025,29 +10005,31 @@ COORDINATION_API bool begin_close(CoordinatorState& state) {
     return true;
   }
   if (state.closed || in_handler || !HandlerWaits::all().begin(state.closer)) return false;
-  state.changed.wait(lock, [&] { return state.closed; });
+  state.changed.wait_until(lock, patience, [&] { return state.closed; });
   HandlerWaits::all().end();
   return false;
 }
 
-COORDINATION_API void close_coordinator(CoordinatorState& state) {
-  if (!begin_close(state)) return;
-  auto& client = *state.client;
+COORDINATION_API void close_coordinator(CoordinatorState& state,
+                                        std::optional<SteadyTime> patience = std::nullopt) {
   auto now = steady_clock::now();
+  if (!begin_close(state, patience.value_or(now + kLongest))) return;
+  auto& client = *state.client;
   auto left = milliseconds(1000) - (std::min)(milliseconds(client.waited), milliseconds(500));
   client.watches->close();
   for (auto& registration : state.registry->take(nullptr)) registration->quit();
   client.leases->close(now + left * 7 / 10);
   client.open.cancel();
-  client.executor->stop(now + left * 19 / 20, *client.log);
+  client.executor->stop(now + left * 19 / 20, *client.log, patience);
   if (!client.options.transport) close_idle(*client.transport);
   std::lock_guard<std::mutex> lock(state.mutex);
   state.closed = true;
   state.changed.notify_all();
 }
 
-/// Those that are open are closed by exit(). It is told so again after the first answer that each
-/// kind of transport has got: so their own static objects are still there.
+/// Those that are open are closed by exit(), which does not wait for handlers that do not return.
+/// It is told so again after the first answer that each kind of transport has got: so their own
+/// static objects are still there.
 COORDINATION_API void close_at_exit(const std::shared_ptr<CoordinatorState>& state) {
   struct Open {
     std::mutex mutex;
@@ -10066,7 +10048,8 @@ COORDINATION_API void close_at_exit(const std::shared_ptr<CoordinatorState>& sta
                      auto states = open.states;
                      lock.unlock();
                      for (auto& weak : states) {
-                       if (auto one = weak.lock()) close_coordinator(*one);
+                       auto soon = steady_clock::now() + std::chrono::seconds(1);
+                       if (auto one = weak.lock()) close_coordinator(*one, soon);
                      }
                    });
                  });

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <future>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -57,13 +58,30 @@ inline void keep_all(Coordinator& c) {
   c.config().remove("k").value();
 }
 
-/// How it ends: returns from main(), calls exit() there, or in a handler.
+/// How it ends: returns from main(), calls exit() there, beside a handler that does not return, or
+/// in one.
 inline int end(const std::string& how, Coordinator& c) {
   if (how == "exit") std::exit(7);
   if (how == "exit in a handler") {
     kept.lock->on_lost([](const Error&) { std::exit(7); });
     c.client().remove(kept.lock->key()).value();
     std::this_thread::sleep_for(60s);
+  }
+  if (how == "beside a handler") {
+    std::promise<void> begun;
+    static Subscription* const kSubscription =
+        new Subscription(c.config()
+                             .watch("k",
+                                    [&begun](const ConfigEvent&) {
+                                      begun.set_value();
+                                      for (;;) std::this_thread::sleep_for(60s);
+                                    })
+                             .value());
+    static_cast<void>(kSubscription);
+    c.config().set("k", 2).value();
+    begun.get_future().wait();
+    c.config().remove("k").value();
+    std::exit(7);
   }
   return 7;
 }

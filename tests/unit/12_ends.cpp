@@ -144,7 +144,7 @@ TEST_CASE("ends: the global close() waits for another one, too") {
 
 TEST_CASE("ends: exit() closes what was not closed, and the process ends with its own status") {
   for (const char* name : {"exit", "exit with the default"}) {
-    for (const char* how : {"return", "exit", "exit in a handler"}) {
+    for (const char* how : {"return", "exit", "exit in a handler", "beside a handler"}) {
       CAPTURE(name);
       CAPTURE(how);
       const auto done = ends::run_child(name, {how, "memory"});

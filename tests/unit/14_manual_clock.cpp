@@ -43,13 +43,11 @@ TEST_CASE("manual clock: when advance returns, renewals are answered and handler
   cluster.cut_off("one");
   cluster.etcd->advance(8999ms);
   CHECK(losses.size() + deletes.size() == 0);
-  const auto renewals = cluster.tap->finished("/v3/lease/keepalive");
   cluster.etcd->advance(1ms);
   CHECK(losses.lines() == std::vector<std::string>{"LOST"});
   CHECK(deletes.lines() == std::vector<std::string>{lost.key()});
   cluster.etcd->advance(1001ms);
-  CHECK(cluster.tap->finished("/v3/lease/keepalive") > renewals);
-  CHECK(kept.held());
+  CHECK(kept.ttl().value() > 26s);
 }
 
 TEST_CASE("manual clock: it does not wait for ever, nor for those who move it") {
