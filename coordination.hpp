@@ -5096,9 +5096,10 @@ class Race : public std::enable_shared_from_this<Race> {
       ++beside_;
     }
     Answer theirs{member, attempt(member)};
-    bool decided = ctx_.done();
+    bool decided = ctx_.done(), serves = decides(theirs);
     auto verdict = client_->judge(theirs.response, member, ctx_);
-    if (!decided && verdict.member_failed) client_->member_failed(member, verdict.error);
+    bool failed = !decided && !serves && verdict.member_failed;
+    if (failed) client_->member_failed(member, verdict.error);
     std::unique_lock<std::mutex> lock(gate_.mutex);
     --beside_;
     auto& runner = runners_[index];

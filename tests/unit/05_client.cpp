@@ -829,6 +829,19 @@ TEST_CASE("members: a read that is late is asked for beside, and the first answe
   CHECK(std::count(seen.begin(), seen.end(), "http://two:2379") >= 1);
 }
 
+TEST_CASE("members: who answers beside another one has not failed") {
+  Setup setup;
+  Notes log;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.options.timeout = 3s;
+  setup.options.logger = log.logger();
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", silence());
+  setup.etcd->endpoint("http://two:2379", ok(reply(8)));
+  REQUIRE(client.range({"a"}));
+  CHECK_FALSE(log.contain("a member has failed endpoint=http://two:2379"));
+}
+
 TEST_CASE("members: a write is never sent twice, and ends when its member is found dead") {
   Setup setup;
   setup.options.endpoints = {"one:2379", "two:2379"};
