@@ -3379,14 +3379,12 @@ COORDINATION_API Json encode(const StreamLine& line) {
   return out;
 }
 
-/// With whose answer it is. etcd leaves that out where it leaves out the revision.
+/// With whose answer it is.
 template <class Response>
 Json encode_from(std::uint64_t cluster_id, const Response& response) {
   Json out = encode(response);
-  Json& header = out["header"];
-  if (!header.contains("revision")) return out;
-  header["cluster_id"] = std::to_string(cluster_id);
-  header["member_id"] = "1";
+  out["header"]["cluster_id"] = std::to_string(cluster_id);
+  out["header"]["member_id"] = "1";
   return out;
 }
 

@@ -375,6 +375,7 @@ CONFORMANCE("a watch of compacted history is ended with the oldest revision that
     CHECK(number(result, "watch_id") == 1);
     CHECK(number(result, "compact_revision") == 8);
     CHECK_FALSE(result["header"].contains("revision"));
+    CHECK(result["header"]["cluster_id"] == g.get("a").json["header"]["cluster_id"]);
     CHECK_FALSE(result.contains("created"));
   }
   CHECK(ended == 1);
