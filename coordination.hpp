@@ -1912,12 +1912,14 @@ class Lane : public std::enable_shared_from_this<Lane> {
     return threads_.count(std::this_thread::get_id()) > 0;
   }
 
-  /// Waits until there is nothing to do, but for what the caller does; false: not by `limit`.
-  bool drain(SteadyTime limit) {
-    if (runs_here()) return true;
+  /// Waits until there is nothing to do, but for what the caller does; and not past `limit`, nor
+  /// again for what has not ended by then.
+  void drain(SteadyTime limit) {
+    if (runs_here()) return;
+    auto is_idle = [this] { return tasks_.empty() && idle_ >= threads_.size(); };
     std::unique_lock<std::mutex> lock(mutex_);
-    return changed_.wait_until(lock, limit,
-                               [this] { return tasks_.empty() && idle_ >= threads_.size(); });
+    if (stuck_) limit = steady_clock::now();
+    stuck_ = !changed_.wait_until(lock, limit, is_idle);
   }
 
  private:
@@ -1995,6 +1997,7 @@ class Lane : public std::enable_shared_from_this<Lane> {
   std::vector<std::thread> finished_;
   std::size_t idle_{0};
   bool stopped_{false};
+  bool stuck_{false};  // drain() was in vain
 };
 
 /// Tasks at points in time, on one thread: they must be short.
@@ -2099,16 +2102,13 @@ struct Executor : std::enable_shared_from_this<Executor> {
     });
   }
 
-  /// Waits until there is nothing to do; what has not ended after two seconds, only once.
+  /// Waits until there is nothing to do, for two seconds at most.
   void settle() {
-    auto limit = steady_clock::now() + milliseconds(stuck ? 0 : 2000);
-    bool done = true;
+    auto limit = steady_clock::now() + std::chrono::seconds(2);
     for (auto& lane : {renewals, asides, readers, background, losses, callbacks}) {
-      done = lane->drain(limit) && done;
+      lane->drain(limit);
     }
-    stuck = !done;
   }
-  std::atomic<bool> stuck{false};
 
   bool runs_handler_here() const { return callbacks->runs_here() || losses->runs_here(); }
 
