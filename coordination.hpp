@@ -25,9 +25,10 @@
 // Errors:   nothing throws but Result::value(). A write that failed says in Error::outcome
 //           whether etcd may have applied it all the same.
 // Threads:  every class may be used from several threads unless it says otherwise. A Coordinator
-//           runs at most 18 threads of its own, started when they are needed: 1 for timers, 3 for
+//           runs at most 21 threads of its own, started when they are needed: 1 for timers, 3 for
 //           lease renewals, 3 for second attempts, 1 for logins, 1 for background work, 2 for
-//           callbacks, 2 for on_lost and 5 for watch streams. Who waits for a lock or an election
+//           callbacks, 2 for on_lost, 2 for reading again and 6 for watch streams (more where etcd
+//           has compacted what idle watches would need). Who waits for a lock or an election
 //           waits on a stream of its own, in the caller's thread.
 // Handlers: run on the callback threads, in order and one at a time per handle, never under a
 //           lock of the library. They may call anything and may destroy their own handle. Once a
@@ -1846,27 +1847,21 @@ void wait_aloud(std::condition_variable& changed, std::unique_lock<std::mutex>& 
 /// leave when they have been idle for a while.
 class Lane : public std::enable_shared_from_this<Lane> {
  public:
-  /// `may_queue` false: its tasks last, so that none may wait for the end of another.
-  explicit Lane(std::size_t most, bool may_queue = true) : most_(most), may_queue_(may_queue) {}
+  /// Where the system has no thread to give, `later` calls what it is given: then it tries again.
+  explicit Lane(std::size_t most, std::function<void(Task)> later = nullptr)
+      : most_(most), later_(std::move(later)) {}
   ~Lane() { reap(std::move(finished_)); }
 
-  /// False: there is no thread for it, and none can be had. The task is dropped.
+  /// False: there is no thread for it, and nobody tries again. The task is dropped.
   bool post(Task task, Name name = nullptr) {
     std::vector<std::thread> finished;
-    std::optional<std::string> failed;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (stopped_) return true;
-      tasks_.push_back({std::move(task), std::move(name)});
-      if (idle_ >= tasks_.size() || threads_.size() >= most_) {
-        wake_.notify_one();
-      } else {
-        failed = guarded([this] { add_thread(); });
-      }
-      bool stuck = threads_.empty() || !may_queue_;
-      if (failed && stuck) return tasks_.pop_back(), false;
-      finished.swap(finished_);
-    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (stopped_) return true;
+    tasks_.push_back({std::move(task), std::move(name)});
+    staff();
+    if (threads_.empty() && !later_) return tasks_.pop_back(), false;
+    finished.swap(finished_);
+    lock.unlock();
     reap(std::move(finished));
     return true;
   }
@@ -1932,6 +1927,19 @@ class Lane : public std::enable_shared_from_this<Lane> {
     Name does{};
   };
 
+  /// Sees to it that somebody does what waits. Under the mutex.
+  void staff() {
+    if (idle_ >= tasks_.size() || threads_.size() >= most_) return wake_.notify_one();
+    auto failed = guarded([this] { add_thread(); });
+    if (!failed || !later_) return;
+    later_([weak = weak_from_this()] {
+      auto self = weak.lock();
+      if (!self) return;
+      std::lock_guard<std::mutex> lock(self->mutex_);
+      if (!self->stopped_ && !self->tasks_.empty()) self->staff();
+    });
+  }
+
   void add_thread() {
     std::thread thread([self = shared_from_this()] { self->run(); });
     auto id = thread.get_id();
@@ -1988,7 +1996,7 @@ class Lane : public std::enable_shared_from_this<Lane> {
   }
 
   const std::size_t most_;
-  const bool may_queue_;
+  const std::function<void(Task)> later_;
   std::mutex mutex_;
   std::condition_variable wake_;     // for a thread
   std::condition_variable changed_;  // a thread is idle, or gone
@@ -2081,32 +2089,31 @@ inline constexpr std::size_t kUtmostStreams = 32;
 
 struct Executor : std::enable_shared_from_this<Executor> {
   Timer timer;
-  std::shared_ptr<Lane> callbacks{std::make_shared<Lane>(kCallbackThreads)};  // user code only
-  std::shared_ptr<Lane> losses{std::make_shared<Lane>(kCallbackThreads)};     // on_lost
-  std::shared_ptr<Lane> renewals{std::make_shared<Lane>(3)};  // nothing but lease renewals
-  std::shared_ptr<Lane> asides{std::make_shared<Lane>(3)};    // second attempts, and looks
-  std::shared_ptr<Lane> logins{std::make_shared<Lane>(1)};
-  std::shared_ptr<Lane> background{std::make_shared<Lane>(1)};  // tasks that are soon over
-  std::shared_ptr<Lane> readers{std::make_shared<Lane>(2)};     // reading again what was missed
-  std::shared_ptr<Lane> streams{std::make_shared<Lane>(kUtmostStreams + 8, false)};
+  std::shared_ptr<Lane> callbacks{lane(kCallbackThreads)};  // user code only
+  std::shared_ptr<Lane> losses{lane(kCallbackThreads)};     // on_lost
+  std::shared_ptr<Lane> renewals{lane(3)};                  // nothing but lease renewals
+  std::shared_ptr<Lane> asides{lane(3)};                    // second attempts, and looks
+  std::shared_ptr<Lane> logins{lane(1)};
+  std::shared_ptr<Lane> background{lane(1)};  // tasks that are soon over
+  std::shared_ptr<Lane> readers{lane(2)};     // reading again what was missed
+  std::shared_ptr<Lane> streams{lane(kUtmostStreams + 8)};
 
-  /// Where the system has no thread to give, it tries again.
-  void run(const std::shared_ptr<Lane>& lane, const Task& task, const Name& name = nullptr) {
-    if (!lane->post(task, name)) run_at(steady_clock::now() + milliseconds(500), lane, task, name);
+  void run(const std::shared_ptr<Lane>& on, const Task& task, const Name& name = nullptr) {
+    on->post(task, name);
   }
-  void run_at(SteadyTime when, const std::shared_ptr<Lane>& lane, const Task& task,
+  void run_at(SteadyTime when, const std::shared_ptr<Lane>& on, const Task& task,
               const Name& name = nullptr) {
-    if (when <= steady_clock::now()) return run(lane, task, name);
-    timer.at(when, [weak = weak_from_this(), lane, task, name] {
-      if (auto self = weak.lock()) self->run(lane, task, name);
+    if (when <= steady_clock::now()) return run(on, task, name);
+    timer.at(when, [weak = weak_from_this(), on, task, name] {
+      if (auto self = weak.lock()) self->run(on, task, name);
     });
   }
 
   /// Waits until there is nothing to do, for two seconds at most.
   void settle() {
     auto limit = steady_clock::now() + std::chrono::seconds(2);
-    for (auto& lane : {renewals, asides, readers, background, losses, callbacks}) {
-      lane->drain(limit);
+    for (auto& one : {renewals, asides, readers, background, losses, callbacks}) {
+      one->drain(limit);
     }
   }
 
@@ -2118,11 +2125,20 @@ struct Executor : std::enable_shared_from_this<Executor> {
     timer.stop();
     auto soon_over = {renewals, asides, logins, background, readers, streams};
     auto handlers = {losses, callbacks};
-    for (auto& lane : soon_over) lane->stop();
-    for (auto& lane : handlers) lane->stop();
+    for (auto& one : soon_over) one->stop();
+    for (auto& one : handlers) one->stop();
     timer.join(limit);
-    for (auto& lane : soon_over) lane->join(limit);
-    for (auto& lane : handlers) lane->join(patience, log);
+    for (auto& one : soon_over) one->join(limit);
+    for (auto& one : handlers) one->join(patience, log);
+  }
+
+ private:
+  /// Where the system has no thread to give, it tries again.
+  std::shared_ptr<Lane> lane(std::size_t most) const {
+    auto later = [timer = timer](Task task) mutable {
+      timer.after(milliseconds(500), std::move(task));
+    };
+    return std::make_shared<Lane>(most, later);
   }
 };
 
@@ -6540,8 +6556,10 @@ struct HubStream {
   bool swallowed{false};                            // it is one of them
   bool answered{false}, open{false};                // the first, all are confirmed
   std::atomic<bool> returns{
-      false};           // it carries watches that no other stream carried when it began
-  bool lost{false};     // its member does not answer: to be replaced, while it is suspect
+      false};        // it carries watches that no other stream carried when it began
+  bool lost{false};  // its member does not answer: to be replaced, while it is suspect
+  KeyValue known;    // when it began, and the revision of then: see history_is_known
+  std::int64_t seen{0};
   std::size_t dead{0};  // watches that have left, and that etcd goes on to serve
   int looks{0};         // see history_is_there
   std::atomic<bool> over{false}, suspect{false};
@@ -6738,12 +6756,12 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   std::int64_t last_id_{0};
   StreamPolicy policy_;
   std::optional<SteadyTime> open_at_;
-  std::map<std::size_t, SteadyTime> asked_;       // members that are being asked whether they serve
-  std::atomic<std::int64_t> highest_{0};          // revision that etcd has told of
-  std::int64_t compacted_{0};                     // the history begins here, as far as we know
-  std::pair<std::string, std::int64_t> witness_;  // the last key that we know, and its revision
-  std::uint64_t breaks_{0};                       // of streams
-  int short_lives_{0};                            // of streams, one after the other
+  std::map<std::size_t, SteadyTime> asked_;  // members that are being asked whether they serve
+  std::atomic<std::int64_t> highest_{0};     // revision that etcd has told of
+  std::int64_t compacted_{0};                // the history begins here, as far as we know
+  KeyValue witness_;                         // the last key that we know
+  std::uint64_t breaks_{0};                  // of streams
+  int short_lives_{0};                       // of streams, one after the other
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
   bool supervised_{false}, closed_{false};
 };
@@ -6819,7 +6837,8 @@ COORDINATION_API SteadyTime WatchHub::last_heard(std::int64_t id) {
 
 COORDINATION_API void WatchHub::remember(const KeyValue& kv) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (kv.mod_revision > witness_.second) witness_ = {kv.key, kv.mod_revision};
+  if (kv.mod_revision <= witness_.mod_revision) return;
+  witness_ = {kv.key, {}, kv.create_revision, kv.mod_revision, kv.version, kv.lease};
 }
 
 COORDINATION_API void WatchHub::close() {
@@ -6910,6 +6929,8 @@ COORDINATION_API HubStreamPtr WatchHub::make_stream(const StreamPolicy::Victims&
     for (auto& entry : streams_[i]->watches) join(entry.second);
     stream->victims.push_back(streams_[i]);
   }
+  stream->known = witness_;
+  stream->seen = highest_;
   streams_.push_back(stream);
   return stream;
 }
@@ -7173,6 +7194,7 @@ COORDINATION_API void WatchHub::on_end(ClientState& client, const HubStreamPtr& 
     if (was_left) return schedule(next_opening());
     if (stream->open) ++breaks_;
     for (auto& other : streams_) {  // which may have taken its watches over to another history
+      if (!stream->answered) break;
       other->returns = true;
       if (other->open) take_over_soon(other);
     }
@@ -7252,37 +7274,39 @@ COORDINATION_API void WatchHub::end_watch(const HubWatchPtr& watch,
 
 // The history.
 
+COORDINATION_API bool is_same_put(const KeyValue& a, const KeyValue& b) {
+  return a.mod_revision == b.mod_revision && a.create_revision == b.create_revision &&
+         a.version == b.version;
+}
+
 /// When etcd was away it may have come back as another one: wiped, or restored. Whether a key that
 /// we know still has its revision tells. False: it could not be asked.
 COORDINATION_API bool WatchHub::history_is_known(ClientState& client, const HubStreamPtr& stream) {
   if (!stream->returns) return true;
-  auto seen = highest_.load();
+  auto& known = stream->known;
   RangeRequest range;
-  std::int64_t revision = 0;
+  range.key = known.key;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (stream->watches.empty()) return true;
     auto& request = stream->watches.begin()->second->request;
-    revision = witness_.second;
-    range.key = revision > 0 ? witness_.first : request.key;
-    if (revision == 0) range.range_end = request.range_end;
+    if (known.mod_revision == 0) range.key = request.key, range.range_end = request.range_end;
   }
   range.limit = 1;
   range.keys_only = true;
   auto now = client.read(range, Context::with_timeout(kBudget));
   auto then = now;
-  auto has_it = [&] { return !then->kvs.empty() && then->kvs[0].mod_revision == revision; };
-  bool shorter = now && now->revision < seen;
-  if (now && !shorter && revision > 0 && !has_it()) {  // it has changed since, or never was
-    range.revision = revision;
+  auto has_it = [&] { return then && !then->kvs.empty() && is_same_put(then->kvs.front(), known); };
+  bool shorter = now && now->revision < stream->seen;
+  if (now && !shorter && known.mod_revision > 0 && !has_it()) {  // changed since, or never there
+    range.revision = known.mod_revision;
     then = client.read(range, Context::with_timeout(kBudget));
   }
   if (!then && is_out_of_reach(then.error())) return false;
   stream->returns = false;
-  if (shorter && !highest_.compare_exchange_strong(seen, now->revision)) return true;
-  bool another = shorter || (then && revision > 0 && !has_it());
-  bool same = !shorter && then && revision > 0 && has_it();
-  if (!same) begin_anew(now ? now->revision : seen, another);
+  bool another = shorter || (then && known.mod_revision > 0 && !has_it());
+  bool same = !another && known.mod_revision > 0 && has_it();
+  if (!same) begin_anew(now ? now->revision : stream->seen, another);
   return true;
 }
 
@@ -7292,7 +7316,7 @@ COORDINATION_API void WatchHub::begin_anew(std::int64_t revision, bool for_sure)
   std::vector<HubWatchPtr> watches;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (for_sure) witness_ = {}, compacted_ = 0;
+    if (for_sure) witness_ = {}, compacted_ = 0, highest_ = revision;
     for (auto& entry : watches_) {
       auto& watch = *entry.second;
       auto sink = watch.sink.lock();

@@ -91,6 +91,11 @@ class TcpProxy {
     command([this, port] { target_ = port; });
   }
 
+  /// What the client says goes through `rewrite`, piece by piece.
+  void rewrite(std::function<void(std::string&)> rewrite) {
+    command([this, &rewrite] { rewrite_ = std::move(rewrite); });
+  }
+
   int accepted() {
     return ask([this] { return accepted_; });
   }
@@ -234,6 +239,7 @@ class TcpProxy {
     }
     std::string piece(bytes, static_cast<std::size_t>(n));
     if (way.way == Way::Up && label_ && link.label.empty()) link.label = label_(piece);
+    if (way.way == Way::Up && rewrite_) rewrite_(piece);
     way.ended = piece.empty();
     way.waiting.push_back({std::chrono::steady_clock::now() + delay_, std::move(piece)});
     return true;
@@ -306,6 +312,7 @@ class TcpProxy {
   std::mutex mutex_;
   int target_;
   const Label label_;
+  std::function<void(std::string&)> rewrite_;
   int wake_;
   int port_{0};
   int listener_{-1};

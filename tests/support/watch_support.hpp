@@ -150,7 +150,7 @@ inline std::int64_t number_of(const nlohmann::json& json, const char* name) {
 inline std::vector<Create> creates_of(const std::string& body) {
   std::vector<Create> creates;
   std::istringstream lines(body);
-  for (std::string line; std::getline(lines, line);) {
+  for (std::string line; std::getline(lines, line) && line[0] != ' ';) {
     const auto json = nlohmann::json::parse(line).at("create_request");
     creates.push_back({number_of(json, "watch_id"), json.at("key").get<std::string>(),
                        number_of(json, "start_revision"), json.value("progress_notify", false)});
@@ -236,6 +236,7 @@ class FakeStream {
   std::string endpoint;
   std::map<std::string, std::string> headers;
   std::vector<Create> creates;
+  std::size_t body_size{0};
 
   /// Bytes for the client, in the piece in which they are given.
   void send(const std::string& bytes) {
@@ -346,8 +347,16 @@ class FakeGateway : public coordination::Transport {
   /// A look at the past: the key was written at just that revision.
   static coordination::Result<coordination::HttpResponse> history(const nlohmann::json& request) {
     const auto revision = number_of(request, "revision");
-    const nlohmann::json kv{{"key", request.at("key")}, {"mod_revision", std::to_string(revision)}};
+    const nlohmann::json kv{{"key", request.at("key")},
+                            {"create_revision", std::to_string(revision)},
+                            {"mod_revision", std::to_string(revision)},
+                            {"version", "1"}};
     return range_answer(revision, nlohmann::json::array({kv}));
+  }
+  /// Reads at this endpoint are not answered any more; "" = all are.
+  void freeze(std::string endpoint) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    frozen_ = std::move(endpoint);
   }
   int logins() const { return logins_; }
   int streams() const { return streams_; }
@@ -369,6 +378,13 @@ class FakeGateway : public coordination::Transport {
           200, R"({"header":{},"token":"t)" + std::to_string(++logins_) + "\"}"};
     }
     ReadOf read;
+    while (is_frozen(request.endpoint)) {
+      if (ctx.done()) {
+        return coordination::Error{coordination::ErrorCode::Timeout, "frozen", "",
+                                   coordination::Outcome::MaybeApplied, 0};
+      }
+      std::this_thread::sleep_for(2ms);
+    }
     {
       std::lock_guard<std::mutex> hold(mutex_);
       read = read_;
@@ -377,11 +393,16 @@ class FakeGateway : public coordination::Transport {
   }
 
  private:
+  bool is_frozen(const std::string& endpoint) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    return endpoint == frozen_;
+  }
   FakeStreamPtr open(const coordination::HttpRequest& request) {
     auto stream = std::make_shared<FakeStream>();
     stream->endpoint = request.endpoint;
     for (const auto& [name, value] : request.headers) stream->headers[name] = value;
     stream->creates = creates_of(request.body);
+    stream->body_size = request.body.size();
     ++streams_;
     std::lock_guard<std::mutex> hold(mutex_);
     opened_.push_back(stream);
@@ -390,6 +411,7 @@ class FakeGateway : public coordination::Transport {
 
   std::mutex mutex_;
   ReadOf read_;
+  std::string frozen_;
   std::deque<FakeStreamPtr> opened_;
   std::atomic<int> logins_{0}, streams_{0};
 };

@@ -226,6 +226,90 @@ TEST_CASE("views: a watch that begins in the new history misses nothing, and is 
   CHECK(event->kv.value == "2");
 }
 
+TEST_CASE("views: a new history that has overtaken the old one is known") {
+  Setup s;
+  auto& config = s.d.config();
+  config.set("a/ghost", 1).value();
+  config.set("a/same", 2).value();
+  auto view = s.c.config().view("a").value();
+  std::atomic<int> heard{0};
+  const auto busy = s.c.config().watch("a/same", [&](const ConfigEvent&) { ++heard; }).value();
+  CHECK(eventually([&] { return view.connected(); }));
+  config.set("a/same", 3).value();
+  CHECK(eventually([&] { return heard == 1; }));
+  s.cut_off("one");
+  s.etcd->restart_empty();
+  auto e = s.connect("three");
+  for (int i = 0; i < 50; ++i) e.config().set("a/same", i).value();
+  e.config().set("a/new", 4).value();
+  s.etcd->heal();
+  CHECK(eventually([&] { return view.keys() == Strings{"a/new", "a/same"}; }));
+  CHECK(view.get("a/same").value() == 49);
+}
+
+TEST_CASE("views: a reading that takes longer than options.timeout is possible again") {
+  std::atomic<bool> slow{false};
+  Cluster cluster;
+  auto options = cluster.options();
+  options.timeout = 200ms;
+  auto c = connect_to(options);
+  auto d = cluster.connect("two");
+  d.config().set("k", 1).value();
+  auto view = c.config().view("").value();
+  CHECK(eventually([&] { return view.connected(); }));
+  cluster.tap->before([&](const HttpRequest& request) {
+    const bool all = request.body.find("range_end") != std::string::npos;
+    if (slow && request.path == "/v3/kv/range" && all) std::this_thread::sleep_for(1200ms);
+  });
+  slow = true;
+  cluster.cut_off("one");
+  d.config().set("k", 2).value();
+  d.config().set("k", 3).value();
+  cluster.etcd->compact();
+  cluster.etcd->heal();
+  CHECK(wait_until([&] { return view.get("k").value() == 3; }, lenient(8s)));
+  cluster.tap->before(nullptr);
+}
+
+TEST_CASE("handlers: a watch that has ended says so, once, after its events") {
+  Setup s;
+  Notes notes;
+  auto watch = s.c.client()
+                   .watch({"a"}, [&](const WatchEvent& event) { notes.add(event.kv.value); })
+                   .value();
+  SUBCASE("to a handler that is there") {
+    watch.on_end([&](const Error& error) { notes.add(to_string(error.code)); });
+  }
+  SUBCASE("to one that comes late") {}
+  s.d.client().put("a", "1").value();
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  s.cut_off("one");
+  s.d.client().put("a", "2").value();
+  s.d.client().put("a", "3").value();
+  s.etcd->compact();
+  s.etcd->heal();
+  if (!eventually([&] { return notes.size() == 2; })) {
+    watch.on_end([&](const Error& error) { notes.add(to_string(error.code)); });
+  }
+  CHECK(eventually([&] { return notes.size() == 2; }));
+  CHECK(notes.lines() == Strings{"1", "COMPACTED"});
+  watch.on_end([&](const Error&) { notes.add("again"); });
+  watch.cancel();
+  CHECK(notes.size() == 2);
+}
+
+TEST_CASE("watches: one that breaks hurries the renewals") {
+  Setup s;
+  std::atomic<int> lost{0};
+  auto lease = s.c.client().grant(60s).value();
+  lease.on_lost([&](const Error&) { ++lost; });
+  auto watch = s.c.client().watch("k").value();
+  s.d.client().put("k", "1").value();
+  REQUIRE(watch.next(Context::with_timeout(lenient(3s))));
+  s.etcd->restart_empty();
+  CHECK(eventually([&] { return lost == 1; }));
+}
+
 TEST_CASE("views: wait_for is told also where the difference is nothing") {
   Setup s;
   s.add("a");

@@ -765,3 +765,118 @@ TEST_CASE_FIXTURE(Fixture, "watch: after cancel() nothing is read from the queue
   REQUIRE_FALSE(event);
   CHECK(event.error().code == ErrorCode::Cancelled);
 }
+
+TEST_CASE("watch: a member that is silent and does not answer is left") {
+  Fixture f({"127.0.0.1:1", "127.0.0.1:2"});
+  auto view = f.coordinator->config().view("app").value();
+  const auto stream = f.confirmed(10);
+  REQUIRE(stream->drained());
+  REQUIRE(wait_until([&] { return view.connected(); }, lenient(5s)));
+  f.gateway->freeze(stream->endpoint);
+  f.clock->advance(2500ms);
+  const Stopwatch stopwatch;
+  const auto next = f.gateway->next_stream(10s);
+  REQUIRE(next);
+  CHECK(stopwatch.elapsed() < lenient(3500ms));
+  CHECK(next->endpoint != stream->endpoint);
+  CHECK_FALSE(view.connected());
+  CHECK(view.age() >= 2500ms);
+
+  SUBCASE("for good: the other one takes over") {
+    next->send(created_lines(*next, 10));
+    CHECK(stream->left());
+    CHECK(wait_until([&] { return view.connected(); }, lenient(5s)));
+  }
+  SUBCASE("it was only slow: it goes on until the other one stands") {
+    const auto id = stream->creates[0].id;
+    stream->send(event_line(id, puts_at({11}, "/config/app/k")));
+    CHECK(wait_until([&] { return view.keys().size() == 1; }, lenient(5s)));
+    CHECK(view.connected());
+    CHECK_FALSE(stream->left(50ms));
+  }
+}
+
+TEST_CASE("watch: a slow member is not left") {
+  Fixture f({"127.0.0.1:1", "127.0.0.1:2"});
+  auto view = f.coordinator->config().view("app").value();
+  const auto stream = f.confirmed(10);
+  REQUIRE(stream->drained());
+  REQUIRE(wait_until([&] { return view.connected(); }, lenient(5s)));
+  f.gateway->freeze(stream->endpoint);
+  f.clock->advance(2500ms);
+  std::this_thread::sleep_for(1s);  // this long the answer takes
+  f.gateway->freeze("");
+  CHECK_FALSE(f.gateway->next_stream(2500ms));
+  CHECK(view.connected());
+}
+
+TEST_CASE("watch: a call that fails makes the streams of its member suspect at once") {
+  Fixture f({"127.0.0.1:1", "127.0.0.1:2"});
+  auto view = f.coordinator->config().view("app").value();
+  const auto stream = f.confirmed(10);
+  REQUIRE(stream->drained());
+  REQUIRE(wait_until([&] { return view.connected(); }, lenient(5s)));
+  f.gateway->freeze(stream->endpoint);
+  f.gateway->on_read_of([](const nlohmann::json&) { return FakeGateway::range_answer(10); });
+  const Stopwatch stopwatch;
+  static_cast<void>(f.client().get("k", Context::with_timeout(lenient(3s))));
+  const auto next = f.gateway->next_stream(5s);
+  REQUIRE(next);
+  CHECK(next->endpoint != stream->endpoint);
+  CHECK(stopwatch.elapsed() < lenient(4s));  // a second until the call is late, then three
+}
+
+TEST_CASE("watch: a stream that ends well and has confirmed nothing is its member's failure") {
+  Fixture f({"127.0.0.1:1", "127.0.0.1:2"});
+  auto events = f.watch("k");
+  auto stream = f.gateway->next_stream();
+  REQUIRE(stream);
+  const auto first = stream->endpoint;
+  stream->end();
+  stream = f.gateway->next_stream();
+  REQUIRE(stream);
+  CHECK(stream->endpoint != first);
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: streams that are confirmed and cut are no storm") {
+  auto events = watch("k");
+  const Stopwatch stopwatch;
+  int streams = 0;
+  while (stopwatch.elapsed() < 4s) {
+    const auto stream = gateway->next_stream(100ms);
+    if (!stream) continue;
+    ++streams;
+    stream->send(created_lines(*stream, 10));
+    stream->drained();
+    stream->end();
+  }
+  CHECK(streams >= 5);
+  CHECK(streams <= 12);  // after 20, 40, ... 640, 1000, 1000 ms, up to a quarter less
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a part of a request that etcd has not seen is asked for again") {
+  std::vector<Watch<WatchEvent>> watches;
+  watches.push_back(watch("0"));
+  const auto first = confirmed(10);
+  REQUIRE(first->drained());
+  for (int i = 1; i < 10; ++i) watches.push_back(watch(std::string(300, 'k') + std::to_string(i)));
+  // Of each request only the first creation arrives.
+  bool padded = false;
+  std::set<std::int64_t> confirmed_ids{first->creates[0].id};
+  const Stopwatch stopwatch;
+  while (confirmed_ids.size() < watches.size() && stopwatch.elapsed() < lenient(15s)) {
+    clock->advance(200ms);
+    const auto stream = gateway->next_stream(100ms);
+    if (!stream) continue;
+    const bool whole = stream->body_size > 256 * 1024;
+    padded = padded || whole;
+    for (const auto& create : stream->creates) {
+      stream->send(created_line(create.id, 10));
+      confirmed_ids.insert(create.id);
+      stream->drained();
+      if (!whole) break;
+    }
+  }
+  CHECK(padded);
+  CHECK(confirmed_ids.size() == watches.size());
+}
