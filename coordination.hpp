@@ -67,12 +67,14 @@
 #include <cstdint>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -196,6 +198,10 @@ class [[nodiscard]] Result<void> {
  public:
   Result() = default;
   Result(Error error) : error_(std::move(error)) {}
+  /// For who does not care at which revision a write was done.
+  Result(const Result<std::int64_t>& revision) {
+    if (!revision) error_ = revision.error();
+  }
 
   explicit operator bool() const { return !error_; }
   bool has_value() const { return !error_; }
@@ -454,6 +460,7 @@ struct CoordinatorOptions {
   Logger logger{};           // none = silent
   std::shared_ptr<Transport> transport{};  // none = make_default_transport(tls, limits)
   std::shared_ptr<Clock> clock{};          // none = the steady clock
+  std::string holder{};  // who holds a lock: the value of its key; empty = "<host>:<process id>"
 };
 
 /// A key as etcd keeps it. Keys and values are bytes.
@@ -469,7 +476,7 @@ struct KeyValue {
 /// The `range_end` that makes a range of all keys that begin with `prefix`.
 std::string prefix_range_end(std::string_view prefix);
 
-enum class SortOrder { None, Ascend, Descend };
+enum class SortOrder { None, Ascend, Descend };  // None: upwards, by the key or another target
 enum class SortTarget { Key, Version, Create, Mod, Value };
 
 struct RangeRequest {
@@ -614,6 +621,8 @@ class Client {
   Result<KeyValue> get(std::string key, Context ctx = {});
   Result<RangeResponse> range(RangeRequest request, Context ctx = {});
   Result<PutResponse> put(std::string key, std::string value, Context ctx = {});
+  /// Errors: Validation if there is a value, or lease, that is to be ignored; NotFound if there is
+  ///         no key whose value, or lease, could be kept.
   Result<PutResponse> put(PutRequest request, Context ctx = {});
   Result<RemoveResponse> remove(std::string key, Context ctx = {});
   Result<RemoveResponse> remove(RemoveRequest request, Context ctx = {});
@@ -820,12 +829,34 @@ class [[nodiscard]] Subscription {
 // == 8. Lock ====================================================================================
 
 namespace detail {
+
 struct CoordinatorState;
 const std::shared_ptr<CoordinatorState>& stand_in(CoordinatorState*);
 void let_go(const std::shared_ptr<CoordinatorState>& state);
 struct OwnedKey;
 const std::shared_ptr<OwnedKey>& stand_in(OwnedKey*);
 void let_go(const std::shared_ptr<OwnedKey>& owned);
+
+template <class T>
+struct AsResult {
+  using type = Result<T>;
+};
+template <class T>
+struct AsResult<Result<T>> {
+  using type = Result<T>;
+};
+template <class Fn, class Argument>
+using ResultOf = typename AsResult<std::decay_t<std::invoke_result_t<Fn, Argument>>>::type;
+
+template <class Fn, class Argument>
+ResultOf<Fn, Argument&> call(Fn&& fn, Argument& argument) {
+  if constexpr (std::is_void_v<std::invoke_result_t<Fn, Argument&>>) {
+    return std::forward<Fn>(fn)(argument), Result<void>();
+  } else {
+    return std::forward<Fn>(fn)(argument);
+  }
+}
+
 }  // namespace detail
 
 /// What Lock and Leadership have in common: a key in etcd that is ours as long as its lease lives.
@@ -841,7 +872,8 @@ void let_go(const std::shared_ptr<OwnedKey>& owned);
 /// the resource refuse a token lower than the highest it has seen.
 class [[nodiscard]] HeldKey {
  public:
-  /// The key that this holder owns: `<key_prefix>/locks/<key>/<lease in hex>`.
+  /// The key that this holder owns: `<key_prefix>/locks/<key>/<lease in hex>`. Two locks in turn
+  /// may have the same one, since a lease is used again; only the token differs.
   const std::string& key() const;
   /// Greater for every later holder of the same lock or office: the create revision of key().
   std::int64_t fencing_token() const;
@@ -879,7 +911,8 @@ class [[nodiscard]] Lock : public HeldKey {
 
   /// Deletes key(), nobody else's.
   /// Errors: Lost if it was gone; Validation if it was unlocked before. After any other error the
-  ///         lock is given up all the same, in the background or by its TTL.
+  ///         lock is given up all the same, in the background or by its TTL; MaybeApplied: the key
+  ///         is gone, but nobody can tell whether it was ours until then.
   Result<void> unlock(Context ctx = {});
   /// Renews now and from then on with `ttl`. If it differs from the present one, key() moves to a
   /// new lease and keeps its place and its token. Errors: Lost.
@@ -888,10 +921,21 @@ class [[nodiscard]] Lock : public HeldKey {
   Result<milliseconds> ttl(Context ctx = {});
 };
 
+/// Who holds a lock or an office.
+struct LockHolder {
+  std::string key;           // empty: nobody
+  std::string value;         // who it is, see CoordinatorOptions::holder; of an office: what the
+                             //   leader has proclaimed
+  std::int64_t token{0};     // its fencing token: the revision since which it stands there
+  std::int64_t revision{0};  // of etcd, when this was so
+  bool exists() const { return !key.empty(); }
+};
+
 /// A counting semaphore: at most `permits` holders, first come, first served.
 class [[nodiscard]] Semaphore {
  public:
   /// Blocks: until there is a permit or `ctx` is done, as DistributedLock::acquire.
+  /// Errors: Conflict if another user of the key says another number of permits; it names both.
   Result<Lock> acquire(milliseconds ttl, Context ctx = {});
   /// Errors: Conflict if there is none.
   Result<Lock> try_acquire(milliseconds ttl, Context ctx = {});
@@ -923,17 +967,25 @@ class DistributedLock {
   /// A lock that any number of shared holders have together, but none beside an exclusive one.
   Result<Lock> acquire_shared(std::string key, milliseconds ttl, Context ctx = {});
   Result<Lock> try_acquire_shared(std::string key, milliseconds ttl, Context ctx = {});
+  /// Who holds it now (of shared holders the first). Errors: NotFound if nobody does.
+  Result<LockHolder> holder(std::string key, Context ctx = {});
   /// Keys: `<key_prefix>/semaphores/<key>/`. All users of a key must agree on `permits`.
   Semaphore semaphore(std::string key, int permits);
 
-  /// Acquires, calls `fn(lock)` (which returns nothing) and unlocks.
-  /// Errors: those of acquire; Lost if the lock was lost before `fn` had returned.
+  /// Acquires, calls `fn(lock)` and unlocks. What `fn` returns (nothing, a value, a Result) is
+  /// returned as a Result; if that is an error, it is the error.
+  /// Errors: those of acquire, then `fn` was not called; Lost if the lock was lost before `fn` had
+  ///         returned. A release that needs more time goes on in the background.
   template <class Fn>
-  Result<void> with_lock(std::string key, milliseconds ttl, Fn&& fn, Context ctx = {}) {
+  detail::ResultOf<Fn, Lock&> with_lock(std::string key, milliseconds ttl, Fn&& fn,
+                                        Context ctx = {}) {
     auto lock = acquire(std::move(key), ttl, std::move(ctx));
     if (!lock) return lock.error();
-    std::forward<Fn>(fn)(*lock);
-    return lock->unlock();
+    auto result = detail::call(std::forward<Fn>(fn), *lock);
+    auto unlocked = lock->unlock();
+    bool lost = !unlocked && unlocked.error().code == ErrorCode::Lost;
+    if (result && lost) return unlocked.error();
+    return result;
   }
 
   explicit DistributedLock(std::shared_ptr<detail::CoordinatorState> state)
@@ -946,21 +998,15 @@ class DistributedLock {
 // == 9. Election ================================================================================
 
 /// Who leads.
-struct LeaderInfo {
-  std::string key;           // empty: nobody leads
-  std::string value;         // what the leader has proclaimed
-  std::int64_t token{0};     // its fencing token
-  std::int64_t revision{0};  // of etcd, when this was so
-  bool exists() const { return !key.empty(); }
-};
+using LeaderInfo = LockHolder;
 
 /// An office that is held. The destructor resigns, and blocks as that of Lock does.
 class [[nodiscard]] Leadership : public HeldKey {
  public:
   using HeldKey::HeldKey;
 
-  /// Announces a new value. Errors: Lost.
-  Result<void> proclaim(std::string value, Context ctx = {});
+  /// Announces a new value; returns the revision. Errors: Lost.
+  Result<std::int64_t> proclaim(std::string value, Context ctx = {});
   /// Errors: Lost if the office was gone; Validation if it was given up before.
   Result<void> resign(Context ctx = {});
 };
@@ -975,7 +1021,7 @@ class Election {
                               Context ctx = {});
   /// Errors: NotFound if nobody leads.
   Result<LeaderInfo> leader(std::string name, Context ctx = {});
-  /// The leader now, and then every other leader or value, also "nobody".
+  /// The leader now, or "nobody", and then every other leader or value, also "nobody".
   Result<Watch<LeaderInfo>> observe(std::string name, Context ctx = {});
   Result<Subscription> observe(std::string name, std::function<void(const LeaderInfo&)> handler,
                                Context ctx = {});
@@ -1028,9 +1074,27 @@ struct RegisterOptions {
 
 namespace detail {
 struct ViewCore;
+class RegistrationState;
+const std::shared_ptr<RegistrationState>& stand_in(RegistrationState*);
+void let_go(const std::shared_ptr<RegistrationState>& registration);
 const std::shared_ptr<ViewCore>& stand_in(ViewCore*);
 void let_go(const std::shared_ptr<ViewCore>& view);
 }  // namespace detail
+
+/// A registration that ends with its handle. Move-only; the destructor unregisters.
+/// Blocks: the destructor as Lock's, and until a handler of on_event has returned.
+class [[nodiscard]] Registration {
+ public:
+  /// As ServiceRegistry's, of this one. Errors: NotFound once it has ended.
+  Result<std::int64_t> update(std::map<std::string, std::string> metadata, Context ctx = {});
+  Result<std::int64_t> unregister(Context ctx = {});
+
+  explicit Registration(std::shared_ptr<detail::RegistrationState> state)
+      : state_(std::move(state)) {}
+
+ private:
+  detail::Handle<detail::RegistrationState> state_;
+};
 
 /// What ServiceView and ConfigView have in common: a copy of what is in etcd, kept up to date.
 /// Move-only.
@@ -1038,7 +1102,8 @@ class [[nodiscard]] LiveView {
  public:
   /// The revision that all of it stands for.
   std::int64_t revision() const;
-  /// Blocks: until the view shows a change of this revision or a later one; for one's own writes.
+  /// Blocks: until the view shows a change of this revision or a later one; for one's own writes,
+  ///         which return it. Without a deadline for CoordinatorOptions::timeout.
   Result<void> wait_for(std::int64_t revision, Context ctx = {}) const;
   /// True while a stream to etcd is open; false = what is shown may be old.
   bool connected() const;
@@ -1070,18 +1135,26 @@ class [[nodiscard]] ServiceView : public LiveView {
 /// Services by name. A name or id is one segment: not empty, no '/', not `.` or `..`.
 class ServiceRegistry {
  public:
-  /// Registers, or replaces at once what this Coordinator had registered under that name and id.
-  /// The record stays until unregister or close, and comes back by itself (see HealPolicy).
+  /// Registers, also over the record of somebody else, who gives way; returns the revision. The
+  /// record stays until unregister or close, and comes back by itself (see HealPolicy), but never
+  /// over another's: one that was replaced comes back when that has gone.
   /// Errors: Validation also for an empty address, a port outside 1-65535, a TTL <= 0.
-  Result<void> register_service(ServiceInfo service, Context ctx = {});
-  Result<void> register_service(ServiceInfo service, RegisterOptions options, Context ctx = {});
+  Result<std::int64_t> register_service(ServiceInfo service, Context ctx = {}) {
+    return register_service(std::move(service), RegisterOptions{}, std::move(ctx));
+  }
+  Result<std::int64_t> register_service(ServiceInfo service, RegisterOptions options,
+                                        Context ctx = {});
+  /// The same, until the handle is destroyed.
+  Result<Registration> register_scoped(ServiceInfo service, RegisterOptions options = {},
+                                       Context ctx = {});
   /// Gives every registration with this id that this Coordinator has made other metadata, without
-  /// a moment of absence. Errors: NotFound if there is none, or somebody else has replaced it.
-  Result<void> update(std::string id, std::map<std::string, std::string> metadata,
-                      Context ctx = {});
-  /// Ends every registration with this id that this Coordinator has made.
-  /// Errors: NotFound if there is none.
-  Result<void> unregister(std::string id, Context ctx = {});
+  /// a moment of absence; returns the (last) revision. No event is told. What is another's by now
+  /// stays as it is. Errors: NotFound if there is none, or somebody else has replaced it.
+  Result<std::int64_t> update(std::string id, std::map<std::string, std::string> metadata,
+                              Context ctx = {});
+  /// Ends every registration with this id that this Coordinator has made, and deletes its record,
+  /// nobody else's; returns the (last) revision. Errors: NotFound if there is none.
+  Result<std::int64_t> unregister(std::string id, Context ctx = {});
 
   /// The instances of a service, by id. Records that cannot be read are skipped and logged.
   Result<std::vector<ServiceInfo>> discover(std::string name, Context ctx = {});
@@ -1129,21 +1202,60 @@ using ConfigEntry = BasicConfigEntry<nlohmann::json>;
 
 namespace detail {
 
-Error conversion_error(const std::string& key, const char* what);
+Error conversion_error(const std::string& key, std::string wanted, const char* found);
+
+/// A number (or bool) as it is, or not at all: nothing is cut off.
+template <class T, class Json>
+std::optional<T> exact(const Json& json) {
+  using Limits = std::numeric_limits<T>;
+  if constexpr (std::is_same_v<T, bool>) {
+    if (json.is_boolean()) return json.template get<bool>();
+  } else if constexpr (std::is_floating_point_v<T>) {
+    double number = json.is_number() ? json.template get<double>() : Limits::infinity();
+    if (number >= Limits::lowest() && number <= (Limits::max)()) return static_cast<T>(number);
+  } else if (json.is_number_integer()) {
+    auto number = json.template get<std::int64_t>();
+    bool fits = json.is_number_unsigned() || number >= 0
+                    ? json.template get<std::uint64_t>() <= std::uint64_t{(Limits::max)()}
+                    : std::is_signed_v<T> && number >= std::int64_t(Limits::lowest());
+    if (fits) return static_cast<T>(number);
+  }
+  return std::nullopt;
+}
+
+template <class T>
+std::string wanted() {
+  using Limits = std::numeric_limits<T>;
+  if (std::is_same_v<T, bool>) return "true or false";
+  if (std::is_floating_point_v<T>) return "a number of " + std::to_string(sizeof(T)) + " bytes";
+  return "an integer from " + std::to_string(Limits::lowest()) + " to " +
+         std::to_string((Limits::max)());
+}
 
 /// A JSON value as a T.
 template <class T, class Json>
 Result<T> convert(const Json& json, const std::string& key) {
+  if constexpr (std::is_same_v<T, Json>) {
+    return json;
+  } else if constexpr (std::is_arithmetic_v<T>) {
+    auto number = exact<T>(json);
+    if (number) return *number;
+    const char* found = json.is_number_float() ? "number with a fraction" : json.type_name();
+    return conversion_error(key, wanted<T>(), found);
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    if (json.is_string()) return json.template get<std::string>();
+    return conversion_error(key, "a string", json.type_name());
+  } else {
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
-  try {
-    return json.template get<T>();
-  } catch (const std::exception& e) {
-    return conversion_error(key, e.what());
-  }
+    try {
+      return json.template get<T>();
+    } catch (const std::exception& e) {
+      return conversion_error(key, "of the type that was asked for", e.what());
+    }
 #else
-  static_cast<void>(key);
-  return json.template get<T>();
+    static_assert(std::is_void_v<T>, "without exceptions: bool, numbers, std::string, json");
 #endif
+  }
 }
 
 }  // namespace detail
@@ -1175,7 +1287,9 @@ class ConfigCenter {
   /// Errors: NotFound.
   Result<nlohmann::json> get(std::string key, Context ctx = {});
   Result<ConfigEntry> get_entry(std::string key, Context ctx = {});
-  /// As a C++ type. Errors: Validation if the value is not of that type.
+  /// As a C++ type: a number, bool or string exactly, another type as nlohmann/json converts it
+  /// (without exceptions there are no others).
+  /// Errors: Validation if the value is not of that type, or a number is out of its range.
   template <class T, class Self = ConfigCenter>  // a Self: so that json need not be complete here
   Result<T> get_as(std::string key, Context ctx = {}) {
     auto json = static_cast<Self&>(*this).get(key, std::move(ctx));
@@ -1183,15 +1297,17 @@ class ConfigCenter {
     return detail::convert<T>(*json, key);
   }
 
+  /// Returns the revision.
   /// Errors: Validation if a string in it is not UTF-8, or it is over etcd's limit of 1.5 MiB.
-  Result<void> set(std::string key, const nlohmann::json& value, Context ctx = {});
+  Result<std::int64_t> set(std::string key, const nlohmann::json& value, Context ctx = {});
   /// Writes only if the key was last changed at `expected_revision` (0 = must not exist); returns
   /// the new revision. Errors: Conflict if it was not.
   Result<std::int64_t> compare_and_set(std::string key, std::int64_t expected_revision,
                                        const nlohmann::json& value, Context ctx = {});
-  /// Errors: NotFound.
-  Result<void> remove(std::string key, Context ctx = {});
-  /// The keys under `prefix` + '/', and `prefix` itself, in order; "" = all.
+  /// Returns the revision. Errors: NotFound.
+  Result<std::int64_t> remove(std::string key, Context ctx = {});
+  /// The keys under `prefix` + '/', and `prefix` itself, in order; "" = all. A user who may not
+  /// read all from `prefix` to what is under it sees only the latter; so do watch_prefix and view.
   Result<std::vector<std::string>> list(std::string prefix, Context ctx = {});
 
   /// Every change of one key from now on. After a compaction: as ServiceRegistry::watch.
@@ -1286,16 +1402,16 @@ Result<void> close();
 
 Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx = {});
 Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx = {});
-Result<void> register_service(ServiceInfo service, Context ctx = {});
-Result<void> unregister_service(std::string id, Context ctx = {});
+Result<std::int64_t> register_service(ServiceInfo service, Context ctx = {});
+Result<std::int64_t> unregister_service(std::string id, Context ctx = {});
 Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx = {});
 Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx = {});
 Result<Subscription> watch_services(std::string name,
                                     std::function<void(const ServiceEvent&)> handler,
                                     Context ctx = {});
 Result<nlohmann::json> get_config(std::string key, Context ctx = {});
-Result<void> set_config(std::string key, const nlohmann::json& value, Context ctx = {});
-Result<void> delete_config(std::string key, Context ctx = {});
+Result<std::int64_t> set_config(std::string key, const nlohmann::json& value, Context ctx = {});
+Result<std::int64_t> delete_config(std::string key, Context ctx = {});
 Result<Watch<ConfigEvent>> watch_config(std::string key, Context ctx = {});
 Result<Subscription> watch_config(std::string key, std::function<void(const ConfigEvent&)> handler,
                                   Context ctx = {});
@@ -1429,8 +1545,11 @@ class MemoryEtcd : public Transport {
 
 #include <nlohmann/json.hpp>
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include <process.h>
+#else
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
 #if COORDINATION_USE_HTTPLIB
@@ -1449,7 +1568,6 @@ class MemoryEtcd : public Transport {
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include <csignal>
 #endif
@@ -2562,7 +2680,7 @@ COORDINATION_API Json encode(const RangeRequest& request) {
   set_range(json, request.key, request.range_end);
   set(json, "limit", request.limit);
   set(json, "revision", request.revision);
-  if (request.sort_order != SortOrder::None) {
+  if (request.sort_order != SortOrder::None || request.sort_target != SortTarget::Key) {
     json["sort_order"] = kOrders[static_cast<int>(request.sort_order)];
     json["sort_target"] = kTargets[static_cast<int>(request.sort_target)];
   }
@@ -2959,16 +3077,12 @@ COORDINATION_API bool deeper(const Json& json, int limit) {
 /// Empty if it is no JSON value, or one that cannot be read back.
 COORDINATION_API std::optional<std::string> encode_config(const Json& value) {
   if (value.is_discarded() || deeper(value, kMaxDepth)) return std::nullopt;
-  std::string text;
-  auto thrown = guarded([&] { text = value.dump(); });  // of a string that is not UTF-8
-  if (thrown) return std::nullopt;
-  if (value.is_string()) {
-    const auto& raw = value.get_ref<const std::string&>();
-    return parse(raw) ? text : raw;
-  }
-  auto back = parse(text);  // NaN and binary change on the way
+  auto text = dump(value);
+  auto back = parse(text);  // NaN, binary and what is not UTF-8 change on the way
   if (!back || *back != value) return std::nullopt;
-  return text;
+  if (!value.is_string()) return text;
+  const auto& raw = value.get_ref<const std::string&>();
+  return parse(raw) ? text : raw;
 }
 
 COORDINATION_API Json decode_config(const std::string& bytes) {
@@ -4619,6 +4733,7 @@ COORDINATION_API const Rule* find_rule(const std::string& message) {
       {"required revision has been compacted", Code::Compacted, Next::Stop, false, false},
       {"is a future revision", Code::Validation, Next::Wait, false, false},
       {"lease not found", Code::NotFound, Next::Stop, false, false},
+      {"key not found", Code::NotFound, Next::Stop, false, false},
       {"lease already exists", Code::Conflict, Next::Stop, false, false},
       {"request timed out", Code::Unavailable, Next::OtherMember, true, true},
       {"deadline exceeded", Code::Timeout, Next::OtherMember, true, true},
@@ -5710,7 +5825,30 @@ COORDINATION_API Result<KeyValue> Client::get(std::string key, Context ctx) {
 }
 
 namespace detail {
+
 COORDINATION_API Error empty_key() { return invalid("a key is empty"); }
+
+COORDINATION_API Result<void> validate_put(const PutRequest& put) {
+  if (put.key.empty()) return empty_key();
+  bool value = put.ignore_value && !put.value.empty();
+  bool lease = put.ignore_lease && put.lease != 0;
+  if (!value && !lease) return {};
+  return invalid(std::string("the ") + (value ? "value" : "lease") + " for " + put.key +
+                 " is given, and to be ignored");
+}
+
+COORDINATION_API Result<void> validate_txn(const Txn& txn) {
+  for (auto* branch : {&txn.success, &txn.failure}) {
+    for (const Op& op : *branch) {
+      auto* put = std::get_if<PutRequest>(&op.request);
+      auto* nested = std::get_if<std::shared_ptr<const Txn>>(&op.request);
+      auto valid = put ? validate_put(*put) : nested ? validate_txn(**nested) : Result<void>();
+      if (!valid) return valid;
+    }
+  }
+  return {};
+}
+
 }  // namespace detail
 
 COORDINATION_API Result<RangeResponse> Client::range(RangeRequest request, Context ctx) {
@@ -5726,7 +5864,8 @@ COORDINATION_API Result<PutResponse> Client::put(std::string key, std::string va
 }
 
 COORDINATION_API Result<PutResponse> Client::put(PutRequest request, Context ctx) {
-  if (request.key.empty()) return detail::empty_key();
+  auto valid = detail::validate_put(request);
+  if (!valid) return valid.error();
   return state_->put(request, ctx);
 }
 
@@ -5742,6 +5881,8 @@ COORDINATION_API Result<RemoveResponse> Client::remove(RemoveRequest request, Co
 }
 
 COORDINATION_API Result<TxnResponse> Client::commit(Txn txn, Context ctx) {
+  auto valid = detail::validate_txn(txn);
+  if (!valid) return valid.error();
   return state_->commit(txn, detail::Safety::Write, ctx);
 }
 
@@ -5856,6 +5997,11 @@ class LeaseKeeper : public std::enable_shared_from_this<LeaseKeeper> {
   /// Ends it now, or in the background where that fails.
   Result<void> end(const LeasePtr& lease, const Context& ctx);
   Result<void> renew_now(const LeasePtr& lease, const Context& ctx);
+  /// Whether it is a live lease of this Coordinator's.
+  bool keeps(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return leases_.count(id) > 0;
+  }
   /// Renews it no more.
   void forget(std::int64_t id) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -7562,6 +7708,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   void join_hub(std::int64_t next_revision);
   bool learn(WatchEvent& event);
   void sort_by_age(std::vector<WatchEvent>& events) const;
+  WatchEvent end_of_queue(std::int64_t revision) const;
   void keep(const KeyValue& kv);
   void begin_anew(std::int64_t revision, std::string why);
   void resync_later(milliseconds delay);
@@ -7628,6 +7775,15 @@ COORDINATION_API void RangeFeed::join_hub(std::int64_t next_revision) {
   if (ready()) resume();  // it may have been parked, and emptied, before its id was known
 }
 
+/// After those that stand in a queue at first: it may be empty, and that is news, too.
+COORDINATION_API WatchEvent RangeFeed::end_of_queue(std::int64_t revision) const {
+  WatchEvent event;
+  event.type = EventType::Delete;
+  event.kv.key = request_.key;
+  event.revision = revision;
+  return event;
+}
+
 /// To begin "now" is to begin after the revision of a read: a start that stays right however often
 /// the first connection has to be tried. It also tells at once who may not read.
 COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>& port,
@@ -7641,8 +7797,9 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
     auto revision = snapshot->revision;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      std::sort(snapshot->kvs.begin(), snapshot->kvs.end(),
-                [](const auto& a, const auto& b) { return a.create_revision < b.create_revision; });
+      std::sort(snapshot->kvs.begin(), snapshot->kvs.end(), [](const auto& a, const auto& b) {
+        return std::tie(a.create_revision, a.key) < std::tie(b.create_revision, b.key);
+      });
       for (auto& kv : snapshot->kvs) {
         keep(kv);
         if (!include_existing) continue;
@@ -7651,6 +7808,7 @@ COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>&
         event.kv = std::move(kv);
         port->push(std::move(event));
       }
+      if (mode_ == Mode::ByAge) port->push(end_of_queue(revision));
       revision_ = revision;
       port->moved(revision);
     }
@@ -7686,12 +7844,13 @@ COORDINATION_API void RangeFeed::keep(const KeyValue& kv) {
 /// no key seems to be the oldest for a moment that never was.
 COORDINATION_API void RangeFeed::sort_by_age(std::vector<WatchEvent>& events) const {
   auto rank = [this](const WatchEvent& event) {
-    if (event.type == EventType::Put) return std::make_pair(0, event.kv.create_revision);
-    auto it = known_.find(event.kv.key);
+    auto& key = event.kv.key;
+    if (event.type == EventType::Put) return std::make_tuple(0, event.kv.create_revision, key);
+    auto it = known_.find(key);
     auto created = it != known_.end() ? it->second.create_revision
                    : event.prev_kv    ? event.prev_kv->create_revision
                                       : std::int64_t{0};
-    return std::make_pair(1, -created);
+    return std::make_tuple(1, -created, key);
   };
   std::stable_sort(events.begin(), events.end(),
                    [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); });
@@ -7702,6 +7861,7 @@ COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
   auto it = known_.find(event.kv.key);
   if (event.type == EventType::Put) {
     if (it != known_.end() && it->second.mod_revision >= event.revision) return false;
+    if (it != known_.end()) event.prev_kv = it->second;
     keep(event.kv);
     return true;
   }
@@ -7760,8 +7920,9 @@ COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
         it->second.create_revision == kv.create_revision) {
       continue;
     }
-    keep(kv);
     WatchEvent event;
+    if (it != known_.end()) event.prev_kv = it->second;
+    keep(kv);
     event.revision = kv.mod_revision;
     event.kv = std::move(kv);
     events.push_back(std::move(event));
@@ -7994,9 +8155,10 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
         strand(std::make_shared<Strand>(client->executor, client->executor->callbacks, client->log,
                                         "on_change of a view of " + feed->key())) {}
 
-  bool push(WatchEvent) override {
+  bool push(WatchEvent event) override {
     stale = true;
     std::lock_guard<std::mutex> lock(gate.mutex);
+    if (shows && !shows(event.kv.key)) return true;
     changed = true;
     for (auto& handler : handlers) tell(handler);
     return true;
@@ -8041,7 +8203,8 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
     return end ? *end : make_error(ErrorCode::NotFound, std::move(what));
   }
   Result<void> wait_for(std::int64_t revision, const Context& ctx) {
-    auto both = join_contexts({&ctx, &feed->client()->open});
+    auto limited = feed->client()->bounded(ctx);
+    auto both = join_contexts({&limited, &feed->client()->open});
     gate.wait(both, [&] { return shown >= revision || end; });
     std::lock_guard<std::mutex> lock(gate.mutex);
     if (shown >= revision) return {};
@@ -8187,14 +8350,13 @@ class Turnstile {
   bool busy_{false};
 };
 
-/// A key that is ours as long as its lease lives and nobody deletes it: a lock, an office, a
-/// registration. Reports its loss once.
+/// A key that is ours as long as its lease lives and nobody deletes it: a lock or an office.
+/// Reports its loss once.
 struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   enum class Phase { Held, Lost, Released };
 
   OwnedKey(std::shared_ptr<ClientState> c, std::string k, std::int64_t t, LeasePtr l)
-      : client(std::move(c)), key(std::move(k)), token(t),
-        written(t), leases{std::move(l)}, lease_ids{leases.front()->id},
+      : client(std::move(c)), key(std::move(k)), token(t), leases{std::move(l)},
         loss(std::make_shared<Strand>(client->executor, client->executor->losses, client->log,
                                       "on_lost of " + key)) {
     ours = Compare::create_revision(key, Compare::Is::Equal, token);
@@ -8202,24 +8364,18 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   const std::shared_ptr<ClientState> client;
   const std::string key;
-  const std::int64_t token;           // create revision; of a registration: the revision of its put
-  Compare ours;                       // true in a Txn while the key is ours
-  std::atomic<std::int64_t> written;  // the revision of our last put, as far as we know
+  const std::int64_t token;  // create revision
+  Compare ours;              // true in a Txn while the key is ours
   std::mutex mutex;
-  // The mutex guards these:
-  std::vector<LeasePtr> leases;         // the key hangs on one of them, most likely the first
-  std::vector<std::int64_t> lease_ids;  // all on which we may ever have put it
+  std::vector<LeasePtr> leases;  // the key hangs on one, most likely the first; the mutex guards it
   std::atomic<Phase> phase{Phase::Held};
   std::atomic<std::int64_t> hub_id{0};
   LossSignal loss;
-  bool others_may_put{false};                   // a put by somebody else takes the key away
-  std::function<void(const Error&)> on_loss{};  // the library's own
   Turnstile renewing;
 
   /// A key that is soon given back is not worth a watch.
   static constexpr milliseconds kWatchAfter{250};
   static constexpr milliseconds kPatient{5000};  // with a slow etcd
-  static constexpr std::size_t kMostIds = 16;
 
   LeasePtr present_lease() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -8255,49 +8411,37 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     if (phase != Phase::Held || client->closing) return;
     WatchRequest request;
     request.key = key;
-    request.no_put = !others_may_put;
+    request.no_put = true;
     hub_id = client->watches->add(std::move(request), revision, true, weak_from_this());
     if (phase != Phase::Held) client->watches->remove(hub_id);
   }
 
-  void lost(const std::string& why, ErrorCode code = ErrorCode::Lost) {
+  void lost(const std::string& why) {
     auto held = Phase::Held;
     if (!phase.compare_exchange_strong(held, Phase::Lost)) return;
     client->watches->remove(hub_id);
-    auto error = make_error(code, key + " is lost", why);
+    auto error = make_error(ErrorCode::Lost, key + " is lost", why);
     (*client->log)(LogLevel::Warn, "a key that was ours is lost", {{"key", key}, {"why", why}});
     give_up_leases();
     loss.fire(error);
-    if (on_loss) on_loss(error);
   }
 
   /// The key may be on its way to another lease. False: it is not ours any more.
   bool add_lease(const LeasePtr& other) {
     attach(other);  // whichever is lost, the key may go with it
-    remember({other->id});
     std::lock_guard<std::mutex> lock(mutex);
     if (phase == Phase::Held) leases.push_back(other);
     return phase == Phase::Held;
   }
-  void remember(const std::vector<std::int64_t>& ids) {
-    std::lock_guard<std::mutex> lock(mutex);
-    lease_ids.insert(lease_ids.end(), ids.begin(), ids.end());
-    while (lease_ids.size() > kMostIds) lease_ids.erase(lease_ids.begin());
-  }
-  std::vector<std::int64_t> remembered() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return lease_ids;
-  }
-  /// It has not gone there, or it is somebody else's concern.
+  /// It has not gone there.
   void remove_lease(const LeasePtr& other) {
     std::lock_guard<std::mutex> lock(mutex);
     leases.erase(std::remove(leases.begin(), leases.end(), other), leases.end());
   }
   /// It hangs on this one of them, and on no other. False: it is not ours any more.
-  bool settle_on(const LeasePtr& lease, std::int64_t revision) {
+  bool settle_on(const LeasePtr& lease) {
     std::lock_guard<std::mutex> lock(mutex);
     if (phase != Phase::Held) return false;
-    written = revision;
     for (auto& other : std::exchange(leases, {lease})) {
       if (other != lease) client->leases->drop(other);
     }
@@ -8311,21 +8455,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   // HubSink.
 
-  bool deliver(std::vector<WatchEvent> events) override {
-    for (auto& event : events) {
-      if (event.revision < written) continue;  // since then we have put it
-      if (event.type == EventType::Delete) {
-        lost("the key was deleted");
-      } else if (!is_ours(event.kv.lease)) {
-        lost("the key was replaced", ErrorCode::Conflict);
-      }
-    }
-    return true;
-  }
-  bool is_ours(std::int64_t lease_id) {
-    std::lock_guard<std::mutex> lock(mutex);
-    return std::find(lease_ids.begin(), lease_ids.end(), lease_id) != lease_ids.end();
-  }
+  bool deliver(std::vector<WatchEvent>) override { return lost("the key was deleted"), true; }
   bool ready() override { return true; }
   void progress(std::int64_t) override {}
   void compacted(std::int64_t) override {
@@ -8371,10 +8501,12 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     txn.when(ours).then(Op::remove(key));
     bool repeated = false;
     auto done = client->commit(txn, Safety::Idempotent, ctx, &repeated);
-    bool mine = done && (done->succeeded || (repeated && present_lease()->held()));
-    if (!mine) {
+    if (!done || !done->succeeded) {
       give_up_leases();
-      return done ? lost_error() : done.error();
+      if (!done) return done.error();
+      if (!repeated) return lost_error();
+      return make_error(ErrorCode::Connection, key + " is gone",
+                        "perhaps by this call: the answer to it was lost", Outcome::MaybeApplied);
     }
     client->waited = 0;
     std::lock_guard<std::mutex> lock(mutex);
@@ -8430,7 +8562,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     txn.when(ours).then(Op::put(put));
     auto done = client->commit(txn, Safety::Idempotent, ctx);
     if (done && done->succeeded) {
-      return settle_on(*fresh, done->revision) ? Result<void>() : lost_error();
+      return settle_on(*fresh) ? Result<void>() : lost_error();
     }
     if (done) {
       lost("the key was deleted");
@@ -8487,8 +8619,8 @@ using OwnedKeyPtr = std::shared_ptr<OwnedKey>;
 
 /// Another value for the key; of two that were sent, the later one stays, however late the first
 /// arrives.
-COORDINATION_API Result<void> replace_value(OwnedKey& owned, const std::string& value,
-                                            const Context& given) {
+COORDINATION_API Result<std::int64_t> replace_value(OwnedKey& owned, const std::string& value,
+                                                    const Context& given) {
   auto ctx = owned.client->bounded(given);
   for (bool sent = false;; sent = true) {
     Txn look;
@@ -8497,17 +8629,25 @@ COORDINATION_API Result<void> replace_value(OwnedKey& owned, const std::string& 
     if (!now) return now.error();
     auto& kvs = now->range(0).kvs;
     if (kvs.empty()) return owned.lost_error();
-    if (sent && kvs.front().value == value) return {};
+    if (sent && kvs.front().value == value) return kvs.front().mod_revision;
     Txn txn;
     txn.when(Compare::mod_revision(owned.key, Compare::Is::Equal, kvs.front().mod_revision));
     txn.then(Op::put(owned.key, value, owned.present_lease()->id));
     auto done = owned.guarded_commit(std::move(txn), ctx, Safety::Idempotent);
     if (!done) return done.error();
-    if (done->succeeded) return {};
+    if (done->succeeded) return done->revision;
   }
 }
 
-inline constexpr const char* kShared = "shared";  // the value of a shared holder's key
+/// The values of shared holders' keys begin with it, no others do. All strings that do are between
+/// these two.
+inline constexpr const char* kShared = "shared";
+inline constexpr const char* kBelowShared = "sharec\xff";
+inline constexpr const char* kAboveShared = "sharee";
+
+COORDINATION_API bool is_shared(const std::string& value) {
+  return value.compare(0, std::strlen(kShared), kShared) == 0;
+}
 
 /// A key under `prefix` that belongs to another queue, whose name begins with that of this one: the
 /// last segment of a key is its lease.
@@ -8526,14 +8666,18 @@ COORDINATION_API RangeRequest oldest_under(const std::string& prefix, std::int64
   return range;
 }
 
-inline constexpr const char* kOver = "the Context had ended before";
-
 /// Who may hold, given those who came earlier.
 struct QueueRule {
   enum class Kind { Exclusive, Shared, Permits };
   Kind kind{Kind::Exclusive};
   std::int64_t permits{1};
 };
+
+/// What waiting does not mend.
+COORDINATION_API bool is_final(const Error& error) {
+  return error.code == ErrorCode::Validation || error.code == ErrorCode::PermissionDenied ||
+         error.code == ErrorCode::Conflict;
+}
 
 /// One who wants a place at the head of a queue of keys under a prefix, ordered by create
 /// revision. After etcd's client/v3/concurrency/key.go and mutex.go, with these differences: the
@@ -8546,36 +8690,319 @@ class Contender {
       : client_(std::move(client)), prefix_(std::move(prefix)), rule_(rule),
         value_(std::move(value)), ttl_(ttl) {}
 
-  Result<OwnedKeyPtr> acquire(const Context& ctx);
-  Result<OwnedKeyPtr> try_acquire(const Context& given);
+  Result<OwnedKeyPtr> acquire(const Context& ctx) {
+    auto waiting = join_contexts({&ctx, &client_->open});
+    while (true) {
+      auto turn = take_place(ctx);
+      while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
+      if (turn && turn->place == Place::Head && lease_->held()) return own();
+      if (!turn && (client_->closing || is_final(turn.error()))) return give_up(turn.error());
+      // To the end of the queue if the lease or the key has died meanwhile; in an outage, again.
+      if (turn) client_->leases->drop(lease_);
+      if (!turn && (cause_.empty() || !waiting.done())) cause_ = to_string(turn.error());
+      if (!pause(waiting, backoff_.next())) return give_up(not_acquired(ctx));
+    }
+  }
+
+  Result<OwnedKeyPtr> try_acquire(const Context& given) {
+    auto ctx = client_->bounded(given);
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      auto prepared = prepare(ctx);
+      if (!prepared) return give_up(prepared.error());
+      bool exclusive = rule_.kind == QueueRule::Kind::Exclusive;
+      auto turn = exclusive ? enter_if_free(ctx) : enter(ctx);
+      if (!turn) return give_up(turn.error());
+      if (turn->place == Place::Head && lease_->held()) return own();
+      if (turn->place == Place::Gone) {  // the kept lease had died
+        client_->leases->drop(lease_);
+        continue;
+      }
+      if (!queued_ || step_back(ctx)) {
+        client_->leases->give_back(lease_);
+      } else {
+        client_->leases->drop(lease_);
+      }
+      return make_error(ErrorCode::Conflict, name() + " is taken", cause_);
+    }
+    return make_error(ErrorCode::Lost, "the lease was lost before the lock was ours");
+  }
 
  private:
   static constexpr std::chrono::seconds kPatience{15};
+  static constexpr std::int64_t kFewShared = 16;
 
   enum class Place { Head, Behind, Gone };
   struct Turn {
     Place place{Place::Gone};
-    std::string blocker;  // the key to wait for; empty: any of the prefix
+    std::vector<std::string> blockers;  // nothing changes as long as all these keys are there
   };
 
-  Result<Turn> take_place(const Context& ctx);
-  Result<void> prepare(const Context& ctx);
-  Result<TxnResponse> commit_put(const Txn& txn, const Context& ctx);
-  Result<Turn> enter(const Context& ctx);
-  Result<Turn> enter_if_free(const Context& ctx);
-  Result<Turn> look(const Context& ctx);
-  Result<Turn> wait(const Turn& turn, const Context& ctx);
-  bool hidden(const std::vector<KeyValue>& keys);
-  Turn judge(const std::vector<KeyValue>& keys) const;
-  void blame(const std::vector<KeyValue>& oldest);
-  RangeRequest earlier_keys() const;
-  std::string watch_body(const Turn& turn) const;
-  Result<Turn> wait_on_stream(const Turn& turn, const Context& ctx);
-  OwnedKeyPtr own();
-  bool step_back(const Context& ctx);
-  Error give_up(Error error);
-  Error not_acquired(const Context& ctx) const;
   std::string name() const { return prefix_.substr(0, prefix_.size() - 1); }
+
+  /// With the lease at hand, or with another.
+  Result<void> prepare(const Context& ctx) {
+    if (client_->closing) return closed_error();
+    if (ctx.done()) return context_error(ctx, name() + " was not asked for", "it had ended before");
+    if (lease_ && lease_->held()) return {};
+    // Where one that was kept is dead, others may be, too: the next one is new.
+    if (lease_) client_->leases->drop(lease_);
+    auto lease = lease_ ? client_->leases->grant(ttl_, ctx) : client_->leases->take(ttl_, ctx);
+    if (!lease) return lease.error();
+    lease_ = std::move(*lease);
+    key_ = prefix_ + lease_hex(lease_->id);
+    return {};
+  }
+
+  Result<Turn> take_place(const Context& ctx) {
+    auto prepared = prepare(ctx);
+    return prepared ? enter(ctx) : prepared.error();
+  }
+
+  OwnedKeyPtr own() {
+    auto owned = std::make_shared<OwnedKey>(client_, key_, token_, lease_);
+    owned->begin();
+    return owned;
+  }
+
+  /// Leaves the queue; true if the key is certainly gone.
+  bool step_back(const Context& ctx) {
+    Txn txn;
+    txn.when(Compare::create_revision(key_, Compare::Is::Equal, token_)).then(Op::remove(key_));
+    return client_->commit(txn, Safety::Idempotent, ctx).has_value();
+  }
+
+  /// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now. The
+  /// caller's time is over: what takes longer is done in the background.
+  Error give_up(Error error) {
+    if (lease_ && lease_->phase == LeaseState::Phase::Live && !client_->closing) {
+      auto quick = Context::with_timeout(milliseconds(20));
+      static_cast<void>(client_->leases->end(lease_, quick));
+    }
+    if (client_->open.cancelled()) return closed_error();
+    error.outcome = Outcome::NotApplied;
+    return error;
+  }
+
+  Error not_acquired(const Context& ctx) const {
+    auto waited = std::chrono::duration_cast<milliseconds>(steady_clock::now() - began_);
+    auto time = std::to_string(waited.count()) + " ms";
+    return context_error(ctx, name() + " was not acquired within " + time, cause_);
+  }
+
+  /// Reads the keys that may be before ours: of those with a lower create revision as many as the
+  /// rule needs (and `own`), the latest first. A shared holder among shared ones needs none of
+  /// them.
+  Op read_earlier(std::int64_t most_revision, int own) const {
+    bool shared = rule_.kind == QueueRule::Kind::Shared;
+    RangeRequest range;
+    range.key = prefix_;
+    range.range_end = prefix_range_end(prefix_);
+    range.sort_order = SortOrder::Descend;
+    range.sort_target = SortTarget::Create;
+    range.max_create_revision = most_revision;
+    range.keys_only = rule_.kind == QueueRule::Kind::Exclusive;
+    if (!crowded_) range.limit = (shared ? kFewShared : rule_.permits) + own;
+    if (!shared) return Op::range(std::move(range));
+    Txn unless_all_shared;
+    for (auto [is, bound] : {std::make_pair(Compare::Is::Greater, kBelowShared),
+                             std::make_pair(Compare::Is::Less, kAboveShared)}) {
+      auto compare = Compare::value(prefix_, is, bound);
+      compare.range_end = range.range_end;
+      unless_all_shared.when(std::move(compare));
+    }
+    return Op::txn(std::move(unless_all_shared.otherwise(Op::range(std::move(range)))));
+  }
+
+  /// True if what was not read may decide: then all must be. There may be keys of another queue
+  /// between, or only shared ones before an exclusive one.
+  bool hidden(const std::vector<KeyValue>& keys) {
+    bool foreign = std::any_of(keys.begin(), keys.end(), [&](const KeyValue& kv) {
+      return of_another_queue(kv.key, prefix_);
+    });
+    bool shared = rule_.kind == QueueRule::Kind::Shared &&
+                  keys.size() >= static_cast<std::size_t>(kFewShared) &&
+                  std::all_of(keys.begin(), keys.end(),
+                              [](const KeyValue& kv) { return is_shared(kv.value); });
+    return (foreign || shared) && !std::exchange(crowded_, true);
+  }
+
+  /// The second answer of `done` is that of read_earlier(), the third the oldest key.
+  Result<Turn> judge(const TxnResponse& done, const Context& ctx) {
+    looked_at_ = done.revision;
+    blame(done.range(2).kvs);
+    auto* nested = std::get_if<std::shared_ptr<const TxnResponse>>(&done.responses[1]);
+    auto& keys = (nested ? (**nested).range(0) : done.range(1)).kvs;
+    return hidden(keys) ? look(ctx) : judge(keys);
+  }
+
+  Result<Turn> judge(const std::vector<KeyValue>& keys) const {
+    std::vector<std::string> blockers;
+    for (const KeyValue& kv : keys) {
+      bool earlier = kv.key != key_ && kv.create_revision < token_;
+      if (!earlier || of_another_queue(kv.key, prefix_)) continue;
+      if (rule_.kind == QueueRule::Kind::Shared && is_shared(kv.value)) continue;
+      if (rule_.kind == QueueRule::Kind::Permits) {
+        auto theirs = std::strtoll(kv.value.c_str(), nullptr, 10);
+        if (theirs > 0 && theirs != rule_.permits) {
+          return make_error(ErrorCode::Conflict,
+                            name() + " has " + std::to_string(rule_.permits) + " permits here",
+                            kv.key + " says " + std::to_string(theirs));
+        }
+      }
+      blockers.push_back(kv.key);
+      if (static_cast<std::int64_t>(blockers.size()) < rule_.permits) continue;
+      return Turn{Place::Behind, std::move(blockers)};
+    }
+    return Turn{Place::Head, {}};
+  }
+
+  /// Remembers who holds it, for errors.
+  void blame(const std::vector<KeyValue>& oldest) {
+    cause_ = "somebody else holds it";
+    for (const KeyValue& kv : oldest) {
+      if (kv.key == key_ || of_another_queue(kv.key, prefix_)) continue;
+      bool ours = client_->leases->keeps(kv.lease);
+      cause_ = kv.key + (ours ? " holds it, by this Coordinator" : " holds it");
+      return;
+    }
+  }
+
+  /// A put that was sent twice may arrive once more after the key was deleted: its lease must go,
+  /// so that it cannot make a key that is nobody's.
+  Result<TxnResponse> commit_put(const Txn& txn, const Context& ctx) {
+    bool repeated = false;
+    auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
+    if (repeated) lease_->tainted = true;
+    return done;
+  }
+
+  /// Takes a place in the queue. May be repeated: the second time finds the key of the first.
+  Result<Turn> enter(const Context& ctx) {
+    Txn txn;
+    txn.when(Compare::missing(key_))
+        .then(Op::put(key_, value_, lease_->id))
+        .then(read_earlier(0, 1))
+        .then(Op::range(oldest_under(prefix_)))
+        .otherwise(Op::get(key_));
+    auto done = commit_put(txn, ctx);
+    if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
+    if (!done) return done.error();
+    queued_ = true;
+    if (done->succeeded) {
+      token_ = done->revision;
+      return judge(*done, ctx);
+    }
+    auto& mine = done->range(0).kvs;
+    if (mine.empty()) return Turn{};
+    token_ = mine.front().create_revision;
+    return look(ctx);
+  }
+
+  /// Takes the head of the queue if nobody is in it.
+  Result<Turn> enter_if_free(const Context& ctx) {
+    auto nobody = Compare::missing(prefix_);
+    nobody.range_end = prefix_range_end(prefix_);
+    Txn txn;
+    txn.when(nobody).then(Op::put(key_, value_, lease_->id));
+    txn.otherwise(Op::get(key_)).otherwise(Op::range(oldest_under(prefix_, 10)));
+    auto done = commit_put(txn, ctx);
+    if (!done && done.error().code == ErrorCode::NotFound) return Turn{};
+    if (!done) return done.error();
+    if (done->succeeded) {
+      token_ = done->revision;
+      return Turn{Place::Head, {}};
+    }
+    auto& mine = done->range(0).kvs;
+    auto& seen = done->range(1).kvs;
+    blame(seen);
+    bool foreign = std::all_of(seen.begin(), seen.end(), [&](const KeyValue& kv) {
+      return of_another_queue(kv.key, prefix_);
+    });
+    if (mine.empty() && foreign) return enter(ctx);
+    if (mine.empty()) return Turn{Place::Behind, {}};
+    token_ = mine.front().create_revision;
+    return look(ctx);
+  }
+
+  /// Where we stand now.
+  Result<Turn> look(const Context& ctx) {
+    Txn txn;
+    txn.then(Op::get(key_)).then(read_earlier(token_ - 1, 0));
+    txn.then(Op::range(oldest_under(prefix_)));
+    auto done = client_->commit(txn, Safety::Read, ctx);
+    if (!done) return done.error();
+    auto& mine = done->range(0).kvs;
+    if (mine.empty() || mine.front().create_revision != token_) return Turn{};
+    return judge(*done, ctx);
+  }
+
+  Result<Turn> wait(const Turn& turn, const Context& ctx) {
+    auto waiting = join_contexts({&ctx, &client_->open, &lease_->life});
+    // Looks again now and then: the stream may be to a member that is frozen.
+    auto patience = join_contexts({&waiting}, steady_clock::now() + kPatience);
+    auto next = wait_on_stream(turn, patience);
+    if (!next && !waiting.done()) {
+      if (!patience.done()) pause(waiting, backoff_.next());
+      next = look(waiting);
+    } else {
+      backoff_.reset();
+    }
+    if (lease_->life.cancelled() || !lease_->held()) return Turn{};
+    if (next || waiting.done() || is_final(next.error())) return next;
+    cause_ = to_string(next.error());
+    return turn;
+  }
+
+  std::string watch_body(const Turn& turn) const {
+    WatchRequest watch;
+    watch.no_put = true;
+    bool one = turn.blockers.size() == 1;
+    watch.key = one ? turn.blockers.front() : prefix_;
+    if (!one) watch.range_end = prefix_range_end(prefix_);
+    auto body = wire::watch_body(watch, 1, 0) + "\n";
+    if (!one) return body;
+    watch.key = key_;
+    return body + wire::watch_body(watch, 2, 0) + "\n";
+  }
+
+  /// Watches the keys before ours and our own, then looks, then waits for one of them to go. The
+  /// stream is read by the caller's thread: a hand-over wakes nobody else.
+  Result<Turn> wait_on_stream(const Turn& turn, const Context& ctx) {
+    std::optional<Result<Turn>> seen;
+    auto blockers = turn.blockers;
+    const bool one = blockers.size() == 1;
+    int unconfirmed = one ? 2 : 1;
+    const auto looked_at = looked_at_;
+    bool changed = false;  // something, or it may have before the watches stood
+    auto concerns = [&](const WatchEvent& event) {
+      return event.kv.key == key_ ||
+             std::find(blockers.begin(), blockers.end(), event.kv.key) != blockers.end();
+    };
+    wire::Lines lines;
+    ClientState::StreamPlace place;
+    auto line = [&](std::string_view text) {
+      auto decoded = wire::decode_line<wire::WatchLine>(text);
+      auto* watch = std::get_if<wire::WatchLine>(&decoded);
+      auto* error = std::get_if<wire::EtcdError>(&decoded);
+      if (error) client_->refused(place, *error);
+      if (watch && watch->canceled) client_->refused(place, {3, watch->cancel_reason});
+      if (!watch || watch->canceled) return false;
+      if (watch->created) --unconfirmed;
+      changed = changed || (watch->created && watch->revision != looked_at) ||
+                std::any_of(watch->events.begin(), watch->events.end(), concerns);
+      if (!changed || unconfirmed > 0) return true;
+      changed = false;
+      seen = look(ctx);
+      if (!*seen || (*seen)->place != Place::Behind) return false;
+      blockers = (*seen)->blockers;
+      return !one || blockers == turn.blockers;
+    };
+    auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
+    auto end = client_->stream("/v3/watch", watch_body(turn), sink, ctx, &place);
+    if (seen && !ctx.done()) return *seen;
+    if (!end) return end.error();
+    return make_error(ErrorCode::Unavailable, "the watch of a lock has ended");
+  }
 
   const std::shared_ptr<ClientState> client_;
   const std::string prefix_;
@@ -8593,296 +9020,51 @@ class Contender {
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
 };
 
-/// With the lease at hand, or with another.
-COORDINATION_API Result<void> Contender::prepare(const Context& ctx) {
-  if (client_->closing) return closed_error();
-  if (ctx.done()) return context_error(ctx, name() + " was not asked for", kOver);
-  if (lease_ && lease_->held()) return {};
-  // Where one that was kept is dead, others may be, too: the next one is new.
-  if (lease_) client_->leases->drop(lease_);
-  auto lease = lease_ ? client_->leases->grant(ttl_, ctx) : client_->leases->take(ttl_, ctx);
-  if (!lease) return lease.error();
-  lease_ = std::move(*lease);
-  key_ = prefix_ + lease_hex(lease_->id);
-  return {};
-}
-
-COORDINATION_API Result<Contender::Turn> Contender::take_place(const Context& ctx) {
-  auto prepared = prepare(ctx);
-  return prepared ? enter(ctx) : prepared.error();
-}
-
-/// What waiting does not mend.
-COORDINATION_API bool is_final(const Error& error) {
-  return error.code == ErrorCode::Validation || error.code == ErrorCode::PermissionDenied ||
-         error.code == ErrorCode::Conflict;
-}
-
-COORDINATION_API Result<OwnedKeyPtr> Contender::acquire(const Context& ctx) {
-  auto waiting = join_contexts({&ctx, &client_->open});
-  while (true) {
-    auto turn = take_place(ctx);
-    while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
-    if (turn && turn->place == Place::Head && lease_->held()) return own();
-    if (!turn && (client_->closing || is_final(turn.error()))) return give_up(turn.error());
-    // To the end of the queue if the lease or the key has died meanwhile; in an outage, again.
-    if (turn) client_->leases->drop(lease_);
-    if (!turn && (cause_.empty() || !waiting.done())) cause_ = to_string(turn.error());
-    if (!pause(waiting, backoff_.next())) return give_up(not_acquired(ctx));
-  }
-}
-
-COORDINATION_API Result<OwnedKeyPtr> Contender::try_acquire(const Context& given) {
-  auto ctx = client_->bounded(given);
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    auto prepared = prepare(ctx);
-    if (!prepared) return give_up(prepared.error());
-    bool exclusive = rule_.kind == QueueRule::Kind::Exclusive;
-    auto turn = exclusive ? enter_if_free(ctx) : enter(ctx);
-    if (!turn) return give_up(turn.error());
-    if (turn->place == Place::Head && lease_->held()) return own();
-    if (turn->place == Place::Gone) {  // the kept lease had died
-      client_->leases->drop(lease_);
-      continue;
-    }
-    if (!queued_ || step_back(ctx)) {
-      client_->leases->give_back(lease_);
-    } else {
-      client_->leases->drop(lease_);
-    }
-    return make_error(ErrorCode::Conflict, name() + " is taken", cause_);
-  }
-  return make_error(ErrorCode::Lost, "the lease was lost before the lock was ours");
-}
-
-COORDINATION_API OwnedKeyPtr Contender::own() {
-  auto owned = std::make_shared<OwnedKey>(client_, key_, token_, lease_);
-  owned->begin();
-  return owned;
-}
-
-/// Leaves the queue; true if the key is certainly gone.
-COORDINATION_API bool Contender::step_back(const Context& ctx) {
-  Txn txn;
-  txn.when(Compare::create_revision(key_, Compare::Is::Equal, token_)).then(Op::remove(key_));
-  return client_->commit(txn, Safety::Idempotent, ctx).has_value();
-}
-
-/// Leaves nothing behind: with the lease goes the key, also one that etcd makes only now. The
-/// caller's time is over: what takes longer is done in the background.
-COORDINATION_API Error Contender::give_up(Error error) {
-  if (lease_ && lease_->phase == LeaseState::Phase::Live && !client_->closing) {
-    auto quick = Context::with_timeout(milliseconds(20));
-    static_cast<void>(client_->leases->end(lease_, quick));
-  }
-  if (client_->open.cancelled()) return closed_error();
-  error.outcome = Outcome::NotApplied;
-  return error;
-}
-
-COORDINATION_API Error Contender::not_acquired(const Context& ctx) const {
-  auto waited = std::chrono::duration_cast<milliseconds>(steady_clock::now() - began_);
-  auto time = std::to_string(waited.count()) + " ms";
-  return context_error(ctx, name() + " was not acquired within " + time, cause_);
-}
-
-/// The keys that may be before ours: of those with a lower create revision as many as the rule
-/// needs, the latest first.
-COORDINATION_API RangeRequest Contender::earlier_keys() const {
-  RangeRequest range;
-  range.key = prefix_;
-  range.range_end = prefix_range_end(prefix_);
-  range.sort_order = SortOrder::Descend;
-  range.sort_target = SortTarget::Create;
-  range.keys_only = rule_.kind != QueueRule::Kind::Shared;
-  if (crowded_) return range;
-  if (rule_.kind == QueueRule::Kind::Exclusive) range.limit = 1;
-  if (rule_.kind == QueueRule::Kind::Permits) range.limit = rule_.permits;
-  return range;
-}
-
-/// True if keys of another queue may hide those of ours: then all must be read.
-COORDINATION_API bool Contender::hidden(const std::vector<KeyValue>& keys) {
-  bool foreign = std::any_of(keys.begin(), keys.end(),
-                             [&](const KeyValue& kv) { return of_another_queue(kv.key, prefix_); });
-  return foreign && !std::exchange(crowded_, true);
-}
-
-COORDINATION_API Contender::Turn Contender::judge(const std::vector<KeyValue>& keys) const {
-  std::vector<const KeyValue*> earlier;
-  for (const KeyValue& kv : keys) {
-    if (of_another_queue(kv.key, prefix_)) continue;
-    if (kv.key != key_ && kv.create_revision < token_) earlier.push_back(&kv);
-  }
-  if (rule_.kind == QueueRule::Kind::Permits) {
-    bool free = static_cast<std::int64_t>(earlier.size()) < rule_.permits;
-    return {free ? Place::Head : Place::Behind, {}};
-  }
-  bool shared = rule_.kind == QueueRule::Kind::Shared;
-  for (const KeyValue* kv : earlier) {
-    if (!shared || kv->value != kShared) return {Place::Behind, kv->key};
-  }
-  return {Place::Head, {}};
-}
-
-/// Remembers who holds it, for errors.
-COORDINATION_API void Contender::blame(const std::vector<KeyValue>& oldest) {
-  cause_ = "somebody else holds it";
-  for (const KeyValue& kv : oldest) {
-    if (kv.key == key_ || of_another_queue(kv.key, prefix_)) continue;
-    cause_ = kv.key + " holds it";
-    return;
-  }
-}
-
-/// A put that was sent twice may arrive once more after the key was deleted: its lease must go,
-/// so that it cannot make a key that is nobody's.
-COORDINATION_API Result<TxnResponse> Contender::commit_put(const Txn& txn, const Context& ctx) {
-  bool repeated = false;
-  auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
-  if (repeated) lease_->tainted = true;
-  return done;
-}
-
-/// Takes a place in the queue. May be repeated: the second time finds the key of the first.
-COORDINATION_API Result<Contender::Turn> Contender::enter(const Context& ctx) {
-  auto earlier = earlier_keys();
-  if (earlier.limit > 0) ++earlier.limit;  // our own comes first
-  Txn txn;
-  txn.when(Compare::missing(key_))
-      .then(Op::put(key_, value_, lease_->id))
-      .then(Op::range(std::move(earlier)))
-      .then(Op::range(oldest_under(prefix_)))
-      .otherwise(Op::get(key_));
-  auto done = commit_put(txn, ctx);
-  if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
-  if (!done) return done.error();
-  queued_ = true;
-  if (done->succeeded) {
-    token_ = looked_at_ = done->revision;
-    blame(done->range(2).kvs);
-    return hidden(done->range(1).kvs) ? look(ctx) : judge(done->range(1).kvs);
-  }
-  auto& mine = done->range(0).kvs;
-  if (mine.empty()) return Turn{};
-  token_ = mine.front().create_revision;
-  return look(ctx);
-}
-
-/// Takes the head of the queue if nobody is in it.
-COORDINATION_API Result<Contender::Turn> Contender::enter_if_free(const Context& ctx) {
-  auto nobody = Compare::missing(prefix_);
-  nobody.range_end = prefix_range_end(prefix_);
-  Txn txn;
-  txn.when(nobody).then(Op::put(key_, value_, lease_->id));
-  txn.otherwise(Op::get(key_)).otherwise(Op::range(oldest_under(prefix_, 10)));
-  auto done = commit_put(txn, ctx);
-  if (!done && done.error().code == ErrorCode::NotFound) return Turn{};
-  if (!done) return done.error();
-  if (done->succeeded) {
-    token_ = done->revision;
-    return Turn{Place::Head, {}};
-  }
-  auto& mine = done->range(0).kvs;
-  auto& seen = done->range(1).kvs;
-  blame(seen);
-  bool foreign = std::all_of(seen.begin(), seen.end(),
-                             [&](const KeyValue& kv) { return of_another_queue(kv.key, prefix_); });
-  if (mine.empty() && foreign) return enter(ctx);
-  if (mine.empty()) return Turn{Place::Behind, {}};
-  token_ = mine.front().create_revision;
-  return look(ctx);
-}
-
-/// Where we stand now.
-COORDINATION_API Result<Contender::Turn> Contender::look(const Context& ctx) {
-  auto earlier = earlier_keys();
-  earlier.max_create_revision = token_ - 1;
-  Txn txn;
-  txn.then(Op::get(key_)).then(Op::range(std::move(earlier)));
-  txn.then(Op::range(oldest_under(prefix_)));
-  auto done = client_->commit(txn, Safety::Read, ctx);
-  if (!done) return done.error();
-  auto& mine = done->range(0).kvs;
-  looked_at_ = done->revision;
-  blame(done->range(2).kvs);
-  if (mine.empty() || mine.front().create_revision != token_) return Turn{};
-  return hidden(done->range(1).kvs) ? look(ctx) : judge(done->range(1).kvs);
-}
-
-COORDINATION_API Result<Contender::Turn> Contender::wait(const Turn& turn, const Context& ctx) {
-  auto waiting = join_contexts({&ctx, &client_->open, &lease_->life});
-  // Looks again now and then: the stream may be to a member that is frozen.
-  auto patience = join_contexts({&waiting}, steady_clock::now() + kPatience);
-  auto next = wait_on_stream(turn, patience);
-  if (!next && !waiting.done()) {
-    if (!patience.done()) pause(waiting, backoff_.next());
-    next = look(waiting);
-  } else {
-    backoff_.reset();
-  }
-  if (lease_->life.cancelled() || !lease_->held()) return Turn{};
-  if (next || waiting.done() || is_final(next.error())) return next;
-  cause_ = to_string(next.error());
-  return turn;
-}
-
-COORDINATION_API std::string Contender::watch_body(const Turn& turn) const {
-  WatchRequest watch;
-  watch.no_put = true;
-  watch.key = turn.blocker.empty() ? prefix_ : turn.blocker;
-  if (turn.blocker.empty()) watch.range_end = prefix_range_end(prefix_);
-  auto body = wire::watch_body(watch, 1, 0) + "\n";
-  if (turn.blocker.empty()) return body;
-  watch.key = key_;
-  return body + wire::watch_body(watch, 2, 0) + "\n";
-}
-
-/// Watches the key before ours and our own, then looks, then waits for one of them to go. The
-/// stream is read by the caller's thread: a hand-over wakes nobody else.
-COORDINATION_API Result<Contender::Turn> Contender::wait_on_stream(const Turn& turn,
-                                                                   const Context& ctx) {
-  std::optional<Result<Turn>> seen;
-  int unconfirmed = turn.blocker.empty() ? 1 : 2;
-  const auto looked_at = looked_at_;
-  bool changed = false;  // something, or it may have before the watches stood
-  wire::Lines lines;
-  ClientState::StreamPlace place;
-  auto line = [&](std::string_view text) {
-    auto decoded = wire::decode_line<wire::WatchLine>(text);
-    auto* watch = std::get_if<wire::WatchLine>(&decoded);
-    auto* error = std::get_if<wire::EtcdError>(&decoded);
-    if (error) client_->refused(place, *error);
-    if (watch && watch->canceled) client_->refused(place, {3, watch->cancel_reason});
-    if (!watch || watch->canceled) return false;
-    if (watch->created) --unconfirmed;
-    changed = changed || (watch->created ? watch->revision != looked_at : !watch->events.empty());
-    if (!changed || unconfirmed > 0) return true;
-    changed = false;
-    seen = look(ctx);
-    return *seen && (*seen)->place == Place::Behind && (*seen)->blocker == turn.blocker;
-  };
-  auto sink = [&](std::string_view piece) { return lines.feed(piece, line); };
-  auto end = client_->stream("/v3/watch", watch_body(turn), sink, ctx, &place);
-  if (seen && !ctx.done()) return *seen;
-  if (!end) return end.error();
-  return make_error(ErrorCode::Unavailable, "the watch of a lock has ended");
-}
-
-/// The validated arguments of every way to get a lock.
-COORDINATION_API Result<Contender> contender(const std::shared_ptr<CoordinatorState>& state,
-                                             const char* service, const std::string& key,
-                                             milliseconds ttl, QueueRule rule,
-                                             std::string value = {}) {
+/// The validated arguments of every way to get a lock or an office.
+COORDINATION_API Result<Contender> contender(const CoordinatorState& state, const char* service,
+                                             const std::string& key, milliseconds ttl,
+                                             QueueRule rule, std::string value) {
   auto valid = validate_key(key, "key");
   if (valid) valid = validate_ttl(ttl);
   if (!valid) return valid.error();
-  return Contender(state->client, state->path(service, key) + "/", rule, std::move(value), ttl);
+  if (rule.permits <= 0) return invalid("a semaphore needs at least one permit");
+  return Contender(state.client, state.path(service, key) + "/", rule, std::move(value), ttl);
 }
 
-COORDINATION_API Result<Lock> as_lock(Result<OwnedKeyPtr> owned) {
+COORDINATION_API Result<Lock> get_lock(const CoordinatorState& state, const std::string& key,
+                                       milliseconds ttl, QueueRule rule, bool only_try,
+                                       const Context& ctx) {
+  bool permits = rule.kind == QueueRule::Kind::Permits;
+  auto value = state.client->options.holder;
+  if (permits) value = std::to_string(rule.permits) + " " + value;
+  if (rule.kind == QueueRule::Kind::Shared) value = std::string(kShared) + " " + value;
+  auto* service = permits ? "/semaphores/" : "/locks/";
+  auto contender = detail::contender(state, service, key, ttl, rule, std::move(value));
+  if (!contender) return contender.error();
+  auto owned = only_try ? contender->try_acquire(ctx) : contender->acquire(ctx);
   if (!owned) return owned.error();
   return Lock(std::move(*owned));
+}
+
+/// Who is first in a queue.
+COORDINATION_API Result<LockHolder> first_of(const CoordinatorState& state, const char* service,
+                                             const std::string& key, const Context& given) {
+  auto valid = validate_key(key, "key");
+  if (!valid) return valid.error();
+  auto ctx = state.client->bounded(given);
+  auto range = oldest_under(state.path(service, key) + "/");
+  auto foreign = [&](const KeyValue& kv) { return of_another_queue(kv.key, range.key); };
+  auto found = state.client->read(range, ctx);
+  if (found && !found->kvs.empty() && foreign(found->kvs.front())) {
+    range.limit = 0;
+    found = state.client->read(range, ctx);
+  }
+  if (!found) return found.error();
+  auto first = std::find_if_not(found->kvs.begin(), found->kvs.end(), foreign);
+  if (first == found->kvs.end()) {
+    return make_error(ErrorCode::NotFound, "nobody is in the queue of " + range.key);
+  }
+  return LockHolder{first->key, first->value, first->create_revision, found->revision};
 }
 
 inline constexpr QueueRule kExclusive{QueueRule::Kind::Exclusive, 1};
@@ -8892,57 +9074,35 @@ inline constexpr QueueRule kSharedRule{QueueRule::Kind::Shared, 1};
 
 COORDINATION_API Result<Lock> DistributedLock::acquire(std::string key, milliseconds ttl,
                                                        Context ctx) {
-  auto contender = detail::contender(state_, "/locks/", key, ttl, detail::kExclusive);
-  if (!contender) return contender.error();
-  return detail::as_lock(contender->acquire(ctx));
+  return detail::get_lock(*state_, key, ttl, detail::kExclusive, false, ctx);
 }
-
 COORDINATION_API Result<Lock> DistributedLock::try_acquire(std::string key, milliseconds ttl,
                                                            Context ctx) {
-  auto contender = detail::contender(state_, "/locks/", key, ttl, detail::kExclusive);
-  if (!contender) return contender.error();
-  return detail::as_lock(contender->try_acquire(ctx));
+  return detail::get_lock(*state_, key, ttl, detail::kExclusive, true, ctx);
 }
-
 COORDINATION_API Result<Lock> DistributedLock::acquire_shared(std::string key, milliseconds ttl,
                                                               Context ctx) {
-  auto contender =
-      detail::contender(state_, "/locks/", key, ttl, detail::kSharedRule, detail::kShared);
-  if (!contender) return contender.error();
-  return detail::as_lock(contender->acquire(ctx));
+  return detail::get_lock(*state_, key, ttl, detail::kSharedRule, false, ctx);
 }
-
 COORDINATION_API Result<Lock> DistributedLock::try_acquire_shared(std::string key, milliseconds ttl,
                                                                   Context ctx) {
-  auto contender =
-      detail::contender(state_, "/locks/", key, ttl, detail::kSharedRule, detail::kShared);
-  if (!contender) return contender.error();
-  return detail::as_lock(contender->try_acquire(ctx));
+  return detail::get_lock(*state_, key, ttl, detail::kSharedRule, true, ctx);
+}
+COORDINATION_API Result<LockHolder> DistributedLock::holder(std::string key, Context ctx) {
+  return detail::first_of(*state_, "/locks/", key, ctx);
 }
 
 COORDINATION_API Semaphore DistributedLock::semaphore(std::string key, int permits) {
   return Semaphore(state_, std::move(key), permits);
 }
 
-namespace detail {
-COORDINATION_API Result<Contender> permit_contender(const std::shared_ptr<CoordinatorState>& state,
-                                                    const std::string& key, int permits,
-                                                    milliseconds ttl) {
-  if (permits <= 0) return invalid("a semaphore needs at least one permit");
-  return contender(state, "/semaphores/", key, ttl, {QueueRule::Kind::Permits, permits});
-}
-}  // namespace detail
-
 COORDINATION_API Result<Lock> Semaphore::acquire(milliseconds ttl, Context ctx) {
-  auto contender = detail::permit_contender(state_, key_, permits_, ttl);
-  if (!contender) return contender.error();
-  return detail::as_lock(contender->acquire(ctx));
+  return detail::get_lock(*state_, key_, ttl, {detail::QueueRule::Kind::Permits, permits_}, false,
+                          ctx);
 }
-
 COORDINATION_API Result<Lock> Semaphore::try_acquire(milliseconds ttl, Context ctx) {
-  auto contender = detail::permit_contender(state_, key_, permits_, ttl);
-  if (!contender) return contender.error();
-  return detail::as_lock(contender->try_acquire(ctx));
+  return detail::get_lock(*state_, key_, ttl, {detail::QueueRule::Kind::Permits, permits_}, true,
+                          ctx);
 }
 
 COORDINATION_API void detail::let_go(const std::shared_ptr<OwnedKey>& owned) { owned->abandon(); }
@@ -8964,6 +9124,8 @@ COORDINATION_API Result<RemoveResponse> HeldKey::remove(std::string key, Context
 }
 
 COORDINATION_API Result<TxnResponse> HeldKey::commit(Txn txn, Context ctx) {
+  auto valid = detail::validate_txn(txn);
+  if (!valid) return valid.error();
   return state_->guarded_commit(std::move(txn), ctx, detail::Safety::Write);
 }
 
@@ -8987,14 +9149,14 @@ COORDINATION_API Result<milliseconds> Lock::ttl(Context ctx) {
 
 COORDINATION_API Result<void> Leadership::resign(Context ctx) { return state_->release(ctx); }
 
-COORDINATION_API Result<void> Leadership::proclaim(std::string value, Context ctx) {
+COORDINATION_API Result<std::int64_t> Leadership::proclaim(std::string value, Context ctx) {
   return detail::replace_value(*state_, value, ctx);
 }
 
 COORDINATION_API Result<Leadership> Election::campaign(std::string name, std::string value,
                                                        milliseconds ttl, Context ctx) {
   auto contender =
-      detail::contender(state_, "/elections/", name, ttl, detail::kExclusive, std::move(value));
+      detail::contender(*state_, "/elections/", name, ttl, detail::kExclusive, std::move(value));
   if (!contender) return contender.error();
   auto owned = contender->acquire(ctx);
   if (!owned) return owned.error();
@@ -9002,25 +9164,7 @@ COORDINATION_API Result<Leadership> Election::campaign(std::string name, std::st
 }
 
 COORDINATION_API Result<LeaderInfo> Election::leader(std::string name, Context ctx) {
-  auto valid = detail::validate_key(name, "name");
-  if (!valid) return valid.error();
-  auto range = detail::oldest_under(state_->path("/elections/", name) + "/");
-  auto first = state_->client->read(range, ctx);
-  if (!first) return first.error();
-  if (!first->kvs.empty() && detail::of_another_queue(first->kvs.front().key, range.key)) {
-    range.limit = 0;
-    auto all = state_->client->read(range, ctx);
-    if (!all) return all.error();
-    auto& kvs = all->kvs;
-    auto foreign = [&](const KeyValue& kv) { return detail::of_another_queue(kv.key, range.key); };
-    kvs.erase(std::remove_if(kvs.begin(), kvs.end(), foreign), kvs.end());
-    first = std::move(all);
-  }
-  if (first->kvs.empty()) {
-    return detail::make_error(ErrorCode::NotFound, "nobody leads " + name);
-  }
-  auto& kv = first->kvs.front();
-  return LeaderInfo{kv.key, kv.value, kv.create_revision, first->revision};
+  return detail::first_of(*state_, "/elections/", name, ctx);
 }
 
 namespace detail {
@@ -9040,21 +9184,20 @@ class LeaderTracker {
     LeaderInfo now;
     for (auto& candidate : candidates_) {
       auto& kv = candidate.second;
-      if (now.exists() && now.token < kv.create_revision) continue;
+      if (now.exists() && now.token <= kv.create_revision) continue;
       now = {kv.key, kv.value, kv.create_revision, 0};
     }
-    if (std::tie(now.key, now.value, now.token) == std::tie(last_.key, last_.value, last_.token)) {
-      return std::nullopt;
-    }
+    bool same = last_ && std::tie(now.key, now.value, now.token) ==
+                             std::tie(last_->key, last_->value, last_->token);
+    if (same) return std::nullopt;
     now.revision = event.revision;
-    last_ = now;
-    return now;
+    return last_ = now;
   }
 
  private:
   std::string prefix_;
   std::map<std::string, KeyValue> candidates_;
-  LeaderInfo last_;
+  std::optional<LeaderInfo> last_;
 };
 
 COORDINATION_API Result<WatchPlan<LeaderInfo>> observe_plan(const CoordinatorState& state,
@@ -9127,297 +9270,367 @@ COORDINATION_API Result<void> validate_service(const ServiceInfo& service) {
   return invalid("a text of the service " + service.name + "/" + service.id + " is not UTF-8");
 }
 
-/// The intent that a record be there. It owns a key; when that is lost, it makes another.
-class Registration : public std::enable_shared_from_this<Registration> {
+COORDINATION_API Error not_registered(const std::string& id) {
+  return make_error(ErrorCode::NotFound, "no service with the id " + id + " is registered here");
+}
+
+/// The intent that a record be there. Every write is a compare-and-set on what was seen last: so
+/// what arrives late changes nothing, and what is another's is only taken by who registers.
+///
+/// Watch and leases only give hints that something has changed; what has is found out in turn.
+class RegistrationState : public HubSink, public std::enable_shared_from_this<RegistrationState> {
  public:
-  Registration(std::shared_ptr<ClientState> client, std::string key)
-      : client_(std::move(client)), key_(std::move(key)),
+  RegistrationState(std::shared_ptr<ClientState> client, std::string key, std::string id)
+      : client_(std::move(client)), key_(std::move(key)), id_(std::move(id)),
         strand_(std::make_shared<Strand>(client_->executor, client_->executor->callbacks,
                                          client_->log, "on_event of " + key_)) {}
 
-  using Change = std::function<void(ServiceInfo&, RegisterOptions&)>;
-
-  /// Makes the record, or replaces it in one step. False: this registration had ended before, or,
-  /// where it may not be `made`, there is none of ours to be changed.
-  Result<bool> set(const Change& change, bool made, const Context& ctx) {
-    if (!turnstile_.enter(ctx)) return context_error(ctx, "the service was not registered");
-    auto done = Result<bool>(false);
-    if (!ended_ && (made || (owned() && !replaced_))) {
-      auto [service, options] = present();
-      change(service, options);
-      auto set = set_in_turn(std::move(service), std::move(options), ctx);
-      if (!set && !owned()) ended_ = true;  // it never came to be
-      done = set ? Result<bool>(true) : set.error();
-    }
-    leave_turn();
-    return done;
+  /// Makes the record, whoever's is there, or replaces it in one step; its revision. 0: this
+  /// registration had ended before.
+  Result<std::int64_t> make(const ServiceInfo& service, const RegisterOptions& options,
+                            const Context& ctx) {
+    return in_turn(ctx, [&]() -> Result<std::int64_t> {
+      if (ended_) return 0;
+      auto written = write(service, {true, true}, written_, ctx);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!written && !told_) ended_ = true;  // it never came to be
+        if (!written) return written.error();
+        service_ = service;
+        options_ = options;
+      }
+      become(Event::Registered, true);
+      return written->revision;
+    });
   }
 
-  /// Ends the intent and the record; with the lease goes the record, in one request.
-  Result<void> end(const Context& ctx) {
+  /// Replaces the metadata while the record is ours; its revision.
+  Result<std::int64_t> update(const std::map<std::string, std::string>& metadata,
+                              const Context& ctx) {
+    return in_turn(ctx, [&]() -> Result<std::int64_t> {
+      bool may = is(Event::Registered) || (is(Event::Lost) && restores());
+      if (ended_ || !may) return not_registered(id_);
+      auto service = service_;
+      service.metadata = metadata;
+      auto written = write(service, {false, restores()}, written_, ctx);
+      if (!written) return written.error();
+      if (written->whose != Whose::Ours) {
+        check_later(milliseconds(0));
+        return not_registered(id_);
+      }
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        service_.metadata = metadata;
+      }
+      become(Event::Registered);
+      return written->revision;
+    });
+  }
+
+  /// Ends the intent, and the record if it is ours; the revision.
+  Result<std::int64_t> end(const Context& ctx) {
     ended_ = true;
     strand_->close();
-    // What is just being made sees that it has ended, and goes (leave_turn); here it is waited for.
-    bool in_turn = turnstile_.enter(ctx);
-    auto done = in_turn
-                    ? end_in_turn(ctx)
-                    : context_error(ctx, key_ + " may still be there", "", Outcome::MaybeApplied);
-    if (in_turn) turnstile_.leave();
-    return done;
+    client_->watches->remove(hub_id_);
+    return in_turn(ctx, [&]() -> Result<std::int64_t> {
+      for (auto expected = written_.load();;) {
+        auto found = swap(expected, Op::remove(key_), ctx);
+        if (!found) return found.error();
+        if (found->swapped || found->whose != Whose::Ours) return looked_at_.load();
+        expected = found->revision;
+      }
+    });
   }
 
   /// True once it was ended, or never came to be.
   bool ended() const { return ended_; }
+  const std::string& id() const { return id_; }
+  const std::shared_ptr<ClientState>& client() const { return client_; }
 
   /// When the Coordinator closes, which revokes all leases.
   void quit() {
     ended_ = true;
-    if (auto owned = swap_owned(nullptr)) static_cast<void>(owned->begin_release());
+    client_->watches->remove(hub_id_);
   }
+  /// What a handle's destructor does.
+  void abandon() {
+    if (!ended_) within_patience(*client_, [this](const Context& ctx) { return end(ctx); });
+    strand_->close();
+  }
+
+  // HubSink.
+
+  bool deliver(std::vector<WatchEvent> events) override {
+    for (auto& event : events) {
+      bool put = event.type == EventType::Put;
+      bool old = put && (is_ours(event.kv.lease) || is(Event::Replaced));
+      if (event.revision > written_ && !old) check_later(milliseconds(0));
+    }
+    return true;
+  }
+  bool ready() override { return true; }
+  void progress(std::int64_t) override {}
+  void compacted(std::int64_t) override {
+    hub_id_ = 0;
+    check_later(milliseconds(0));
+  }
+  void failed(const Error&) override {}  // the lease still tells
 
  private:
-  std::pair<ServiceInfo, RegisterOptions> present() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return {service_, options_};
-  }
+  using Event = RegistrationEvent;
+  static constexpr std::size_t kMostIds = 16;
 
-  /// What was ended while it was being made goes now.
-  void leave_turn() {
-    auto ours = ended_ ? owned() : nullptr;
-    if (ours) {
-      static_cast<void>(ours->begin_release());
-      ours->give_up_leases();
+  enum class Whose { Ours, Nobodys, Anothers };
+  /// What is in the place of the record.
+  struct Found {
+    Whose whose{Whose::Nobodys};
+    bool swapped{false};
+    std::int64_t revision{0};  // of the last change
+    std::int64_t lease{0};
+    std::string value{};
+  };
+  /// What write() may do beside replacing what is ours.
+  struct Rights {
+    bool take;    // what is another's
+    bool create;  // where nothing is
+  };
+
+  /// One at a time; what was ended meanwhile goes.
+  template <class Fn>
+  auto in_turn(const Context& ctx, Fn&& fn) -> decltype(fn()) {
+    if (!turnstile_.enter(ctx)) {
+      return context_error(ctx, key_ + " is being changed by another call", "",
+                           ended_ ? Outcome::MaybeApplied : Outcome::NotApplied);
     }
+    auto done = fn();
+    if (ended_) drop_leases();
     turnstile_.leave();
-  }
-
-  Result<void> end_in_turn(const Context& ctx) {
-    auto owned = swap_owned(nullptr);
-    if (!owned) return {};
-    static_cast<void>(owned->begin_release());
-    auto done = client_->leases->end(owned->present_lease(), ctx);
-    owned->give_up_leases();
     return done;
   }
 
-  Result<void> set_in_turn(ServiceInfo service, RegisterOptions options, const Context& ctx) {
-    auto old = owned();
-    bool same_lease = can_stay(old, service);
-    auto lease = same_lease ? Result<LeasePtr>(old->present_lease())
-                            : client_->leases->grant(service.ttl, ctx);
-    if (!lease) return lease.error();
-    bool moves = !same_lease && old && old->add_lease(*lease);
+  bool is_ours(std::int64_t lease) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::find(ids_.begin(), ids_.end(), lease) != ids_.end();
+  }
+  bool restores() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return options_.heal == HealPolicy::Restore;
+  }
+  bool is(std::optional<Event> event) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return told_ == event;
+  }
+  /// Whether this is the lease of a record that stays.
+  bool hangs_on(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::any_of(leases_.begin(), leases_.end(),
+                       [id](const LeasePtr& lease) { return lease->id == id && lease->held(); });
+  }
+  void drop_leases() {
+    std::vector<LeasePtr> dropped;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      dropped.swap(leases_);
+    }
+    for (auto& lease : dropped) client_->leases->drop(lease);
+  }
+
+  /// Does it if the record is as it was at `expected` (0: there is none); else says what is there.
+  Result<Found> swap(std::int64_t expected, const Op& op, const Context& ctx) {
     Txn txn;
-    txn.then(Op::put(key_, wire::encode_service(service), (*lease)->id));
-    bool repeated = false;
-    auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
-    bool maybe = !done && done.error().outcome == Outcome::MaybeApplied;
-    if (repeated || maybe) (*lease)->tainted = true;
-    if (!done && same_lease && done.error().code == ErrorCode::NotFound) {
-      return set_anew(old, std::move(service), std::move(options), ctx);  // it had died
+    txn.when(Compare::mod_revision(key_, Compare::Is::Equal, expected));
+    txn.then(op).otherwise(Op::get(key_));
+    auto done = client_->commit(txn, Safety::Idempotent, ctx);
+    if (!done) return done.error();
+    looked_at_ = done->revision;
+    if (done->succeeded) return Found{Whose::Ours, true, done->revision};
+    auto& kvs = done->range(0).kvs;
+    if (kvs.empty()) return Found{};
+    auto& kv = kvs.front();
+    auto whose = is_ours(kv.lease) ? Whose::Ours : Whose::Anothers;
+    return Found{whose, false, kv.mod_revision, kv.lease, kv.value};
+  }
+
+  Result<Found> put(const std::string& record, const LeasePtr& lease, Rights rights,
+                    std::int64_t expected, const Context& ctx) {
+    while (true) {
+      auto found = swap(expected, Op::put(key_, record, lease->id), ctx);
+      if (!found || found->swapped) return found;
+      bool did = found->lease == lease->id && found->value == record;  // an earlier attempt
+      if (did) return found;
+      bool may = found->whose == Whose::Ours || rights.take ||
+                 (found->whose == Whose::Nobodys && rights.create);
+      if (!may) return found;
+      expected = found->revision;
     }
-    if (!done) {
-      if (same_lease || (moves && maybe)) return done.error();  // it may hang on either
-      if (moves) old->remove_lease(*lease);
-      return client_->leases->drop(*lease), done.error();
+  }
+
+  /// Puts the record under a lease of ours, most likely over what is there since `expected`; the
+  /// leases under which it was go.
+  Result<Found> write(const ServiceInfo& service, Rights rights, std::int64_t expected,
+                      const Context& ctx) {
+    auto record = wire::encode_service(service);
+    while (true) {
+      bool fresh = false;
+      auto lease = lease_for(service, ctx, &fresh);
+      if (!lease) return lease.error();
+      auto done = put(record, *lease, rights, expected, ctx);
+      bool written = done && done->whose == Whose::Ours;
+      // Where nobody knows whether it has moved, all leases are kept alive.
+      bool unknown = !done && done.error().outcome == Outcome::MaybeApplied;
+      if (written) written_ = done->revision;
+      if (written || (fresh && !unknown)) settle(*lease, written);
+      bool died = !done && done.error().code == ErrorCode::NotFound;
+      if (!died || fresh) return done;
+      client_->leases->drop(*lease);  // the next one is new
+      check_later(milliseconds(0));
     }
-    if (same_lease && !old->settle_on(*lease, done->revision)) {
-      return set_anew(old, std::move(service), std::move(options), ctx);  // lost in between
-    }
+  }
+
+  /// The lease of the record, if it does; else a new one.
+  Result<LeasePtr> lease_for(const ServiceInfo& service, const Context& ctx, bool* fresh) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      service_ = std::move(service);
-      options_ = std::move(options);
+      bool one = leases_.size() == 1 && leases_.front()->held();
+      if (one && leases_.front()->asked == service.ttl) return leases_.front();
     }
-    replaced_ = false;
-    if (!same_lease) own(*lease, done->revision);
-    tell(RegistrationEvent::Registered);
-    return {};
-  }
-
-  /// A put that was sent twice may arrive once more, over a later one, as long as its lease lives.
-  static bool can_stay(const OwnedKeyPtr& old, const ServiceInfo& service) {
-    return old && old->held() && old->is_settled() &&
-           seconds_up(old->present_lease()->asked) == seconds_up(service.ttl) &&
-           !old->present_lease()->tainted;
-  }
-
-  /// The lease, or the key, had gone while it was put once more.
-  Result<void> set_anew(const OwnedKeyPtr& old, ServiceInfo service, RegisterOptions options,
-                        const Context& ctx) {
-    static_cast<void>(old->begin_release());
-    old->give_up_leases();
-    auto done = set_in_turn(std::move(service), std::move(options), ctx);
-    if (!done && !ended_) heal_later(milliseconds(0));  // with what was registered before
-    return done;
-  }
-
-  void own(const LeasePtr& lease, std::int64_t revision) {
-    auto fresh = std::make_shared<OwnedKey>(client_, key_, revision, lease);
-    fresh->ours = Compare::lease(key_, Compare::Is::Equal, lease->id);
-    fresh->others_may_put = true;
-    fresh->on_loss = [weak = weak_from_this(), raw = fresh.get()](const Error& error) {
-      if (auto self = weak.lock()) self->lost(raw, error);
-    };
-    auto old = swap_owned(fresh);
-    if (old) {
-      fresh->remember(old->remembered());
-      static_cast<void>(old->begin_release());
-      old->remove_lease(lease);
-      old->give_up_leases();
-    }
-    fresh->begin();
-  }
-
-  OwnedKeyPtr owned() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return owned_;
-  }
-  OwnedKeyPtr swap_owned(OwnedKeyPtr fresh) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return std::exchange(owned_, std::move(fresh));
-  }
-
-  void tell(RegistrationEvent event) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    (*client_->log)(LogLevel::Info, "registration", {{"key", key_}, {"event", to_string(event)}});
-    if (!options_.on_event) return;
-    strand_->post(
-        [handler = options_.on_event, event, service = service_] { handler(event, service); });
-  }
-
-  void lost(const OwnedKey* which, const Error& error) {
+    *fresh = true;
+    auto lease = client_->leases->grant(service.ttl, ctx);
+    if (!lease) return lease;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (ended_ || owned_.get() != which) return;
+      leases_.push_back(*lease);
+      ids_.push_back((*lease)->id);
+      if (ids_.size() > kMostIds) ids_.erase(ids_.begin());
     }
-    replaced_ = error.code == ErrorCode::Conflict;
-    if (replaced_) return tell(RegistrationEvent::Replaced);
-    tell(RegistrationEvent::Lost);
-    heal_later(milliseconds(0));
+    (*lease)->set_hook([weak = weak_from_this()](const Error&) {
+      auto self = weak.lock();
+      if (!self || self->ended_) return;
+      self->become(Event::Lost);
+      self->check_later(milliseconds(0));
+    });
+    return lease;
   }
 
-  void heal_later(milliseconds delay) {
+  /// The record hangs on this lease and on no other, or certainly not on this one: the rest goes.
+  void settle(const LeasePtr& lease, bool written) {
+    std::vector<LeasePtr> dropped;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (options_.heal != HealPolicy::Restore) return;
+      auto stays = [&](const LeasePtr& each) { return (each == lease) == written; };
+      auto rest = std::partition(leases_.begin(), leases_.end(), stays);
+      dropped.assign(rest, leases_.end());
+      leases_.erase(rest, leases_.end());
     }
+    for (auto& each : dropped) client_->leases->drop(each);
+    if (written) follow();
+  }
+
+  void follow() {
+    if (hub_id_ != 0 || ended_) return;
+    WatchRequest request;
+    request.key = key_;
+    hub_id_ = client_->watches->add(std::move(request), looked_at_ + 1, true, weak_from_this());
+    if (ended_) client_->watches->remove(hub_id_);
+  }
+
+  /// Tells how the record stands, if it stood otherwise or `again`.
+  void become(Event event, bool again = false) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      // What is another's, or was never ours, cannot be lost.
+      bool possible = event != Event::Lost || told_ == Event::Registered;
+      if (ended_ || !possible || (told_ == event && !again)) return;
+      told_ = event;
+      (*client_->log)(LogLevel::Info, "registration", {{"key", key_}, {"event", to_string(event)}});
+      if (options_.on_event) {
+        strand_->post(
+            [handler = options_.on_event, event, service = service_] { handler(event, service); });
+      }
+    }
+    bool over = event == Event::Replaced || (event == Event::Lost && !restores());
+    if (over) drop_leases();
+  }
+
+  void check_later(milliseconds delay) {
+    if (ended_ || checking_.exchange(true)) return;
     auto& executor = *client_->executor;
     executor.run_at(steady_clock::now() + delay, executor.background, [weak = weak_from_this()] {
-      if (auto self = weak.lock()) self->heal();
+      if (auto self = weak.lock()) self->check();
     });
   }
 
-  void heal() {
+  void check() {
+    checking_ = false;
+    if (ended_ || client_->closing) return;
     auto ctx = Context::with_timeout(milliseconds(5000));
-    if (ended_ || client_->closing || !turnstile_.enter(Context::with_timeout(milliseconds(0)))) {
-      if (!ended_ && !client_->closing) heal_later(backoff_.next());
-      return;
-    }
-    auto healed = heal_in_turn(ctx);
-    leave_turn();
-    if (healed) {
-      backoff_.reset();
-      if (*healed) tell(**healed);
-      return;
-    }
-    (*client_->log)(LogLevel::Warn, "a service is not registered again yet",
-                    {{"key", key_}, {"cause", to_string(healed.error())}});
-    heal_later(backoff_.next());
+    auto now = Context::with_timeout(milliseconds(0));
+    auto done = in_turn(now, [&] { return check_in_turn(ctx); });
+    if (done) return backoff_.reset();
+    (*client_->log)(LogLevel::Warn, "a registration was not checked",
+                    {{"key", key_}, {"cause", to_string(done.error())}});
+    check_later(backoff_.next());
   }
 
-  Result<std::optional<RegistrationEvent>> heal_in_turn(const Context& ctx) {
-    auto old = owned();
-    if (!old || old->held()) return std::optional<RegistrationEvent>();  // set() was faster
-    auto service = present().first;
-    auto lease = client_->leases->grant(service.ttl, ctx);
-    if (!lease) return lease.error();
-    old->remember({(*lease)->id});
-    auto revision = put_back(*old, service, *lease, ctx);
-    if (!revision) return client_->leases->drop(*lease), revision.error();
-    auto event = RegistrationEvent::Registered;
-    if (*revision > 0) {
-      own(*lease, *revision);
-    } else {
-      client_->leases->drop(*lease);
-      replaced_ = true;
-      event = RegistrationEvent::Replaced;
-    }
-    return std::optional<RegistrationEvent>(event);
-  }
-
-  /// Puts the record where there is none, or where an earlier one of ours still is; its revision,
-  /// or 0 where there is somebody else's.
-  Result<std::int64_t> put_back(OwnedKey& old, const ServiceInfo& service, const LeasePtr& lease,
-                                const Context& ctx) {
-    auto put = Op::put(key_, wire::encode_service(service), lease->id);
-    auto mine = Compare::missing(key_);
-    while (true) {
-      Txn txn;
-      txn.when(mine).then(put).otherwise(Op::get(key_));
-      auto done = client_->commit(txn, Safety::Idempotent, ctx);
-      if (!done) return done.error();
-      if (done->succeeded) return done->revision;
-      auto& kvs = done->range(0).kvs;
-      auto holder = kvs.empty() ? 0 : kvs.front().lease;
-      if (holder == lease->id) return kvs.front().mod_revision;  // an earlier attempt did it
-      if (!kvs.empty() && !old.is_ours(holder)) return 0;
-      mine =
-          kvs.empty() ? Compare::missing(key_) : Compare::lease(key_, Compare::Is::Equal, holder);
-    }
+  /// How does the record stand? It is put back where it is missing and wanted.
+  Result<bool> check_in_turn(const Context& ctx) {
+    if (is(std::nullopt)) return true;  // the one who makes it sees to it
+    auto found = swap(-1, Op::get(key_), ctx);
+    if (!found) return found.error();
+    follow();
+    if (found->whose == Whose::Anothers) return become(Event::Replaced), true;
+    if (hangs_on(found->lease)) return become(Event::Registered), true;
+    become(Event::Lost);
+    if (!restores()) return true;
+    auto written = write(service_, {false, true}, found->revision, ctx);
+    if (!written) return written.error();
+    return become(written->whose == Whose::Ours ? Event::Registered : Event::Replaced), true;
   }
 
   const std::shared_ptr<ClientState> client_;
-  const std::string key_;
+  const std::string key_, id_;
   std::shared_ptr<Strand> strand_;
   Turnstile turnstile_;
   std::atomic<bool> ended_{false};
-  std::atomic<bool> replaced_{false};  // by somebody else's record
+  std::atomic<bool> checking_{false};       // check() will come
+  std::atomic<std::int64_t> written_{0};    // the revision of our last put, as far as we know
+  std::atomic<std::int64_t> looked_at_{0};  // the revision of what is known
+  std::atomic<std::int64_t> hub_id_{0};     // 0: nothing is watched
   std::mutex mutex_;
+  // The mutex guards these; the first two are changed only in turn:
   ServiceInfo service_;
   RegisterOptions options_;
-  OwnedKeyPtr owned_;
+  std::optional<Event> told_;      // the last; none: it has not come to be yet
+  std::vector<LeasePtr> leases_;   // the record hangs on one of them, most likely the first
+  std::vector<std::int64_t> ids_;  // of leases on which we may ever have put it
   Backoff backoff_{milliseconds(100), milliseconds(1000)};
 };
 
+using RegistrationPtr = std::shared_ptr<RegistrationState>;
+
 struct RegistryState {
   std::mutex mutex;
-  std::map<std::string, std::pair<std::string, std::shared_ptr<Registration>>> by_key;  // and id
+  std::map<std::string, RegistrationPtr> by_key;
 
   /// The one for this key; a new one where there is none that lives.
-  std::shared_ptr<Registration> get(const std::shared_ptr<ClientState>& client,
-                                    const std::string& key, const std::string& id) {
+  RegistrationPtr get(const std::shared_ptr<ClientState>& client, const std::string& key,
+                      const std::string& id) {
     std::lock_guard<std::mutex> lock(mutex);
     auto& slot = by_key[key];
-    bool usable = slot.second && !slot.second->ended();
-    if (!usable) slot = {id, std::make_shared<Registration>(client, key)};
-    return slot.second;
+    if (!slot || slot->ended()) slot = std::make_shared<RegistrationState>(client, key, id);
+    return slot;
   }
 
-  std::vector<std::shared_ptr<Registration>> find(const std::string& id) {
-    std::vector<std::shared_ptr<Registration>> found;
-    std::lock_guard<std::mutex> lock(mutex);
-    for (auto& entry : by_key) {
-      if (entry.second.first == id) found.push_back(entry.second.second);
-    }
-    return found;
-  }
-
-  void forget_if_ended(const std::string& key, const std::shared_ptr<Registration>& which) {
-    std::lock_guard<std::mutex> lock(mutex);
-    auto it = by_key.find(key);
-    if (it != by_key.end() && it->second.second == which && which->ended()) by_key.erase(it);
-  }
-
-  std::vector<std::shared_ptr<Registration>> take(const std::string* id) {
-    std::vector<std::shared_ptr<Registration>> taken;
+  /// Those with this id, or all.
+  std::vector<RegistrationPtr> find(const std::string* id) {
+    std::vector<RegistrationPtr> found;
     std::lock_guard<std::mutex> lock(mutex);
     for (auto it = by_key.begin(); it != by_key.end();) {
-      bool is = !id || it->second.first == *id;
-      if (is) taken.push_back(it->second.second);
-      it = is ? by_key.erase(it) : std::next(it);
+      bool ended = it->second->ended();
+      if (!ended && (!id || it->second->id() == *id)) found.push_back(it->second);
+      it = ended ? by_key.erase(it) : std::next(it);
     }
-    return taken;
+    return found;
   }
 };
 
@@ -9427,24 +9640,18 @@ COORDINATION_API std::optional<ServiceInfo> read_service(const KeyValue& kv, con
   return service;
 }
 
-/// Of a record that cannot be read: nothing, or, when it goes, what its key tells.
-COORDINATION_API std::optional<ServiceEvent> service_event(WatchEvent event, const Log& log) {
+/// A record that cannot be read is none: when one turns into that, the last good one has gone.
+COORDINATION_API std::optional<ServiceEvent> service_event(const WatchEvent& event,
+                                                           const Log& log) {
+  bool there = event.type == EventType::Put;
+  auto service = there ? read_service(event.kv, log) : std::nullopt;
   ServiceEvent result;
-  result.type = event.type;
+  result.type = service ? EventType::Put : EventType::Delete;
+  if (!service && event.prev_kv) service = wire::decode_service(event.prev_kv->value);
+  if (!service) return std::nullopt;
+  result.service = std::move(*service);
   result.revision = event.revision;
   result.timestamp = std::chrono::system_clock::now();
-  bool gone = event.type == EventType::Delete;
-  const KeyValue& record = gone && event.prev_kv ? *event.prev_kv : event.kv;
-  auto service = read_service(record, log);
-  if (!service && !gone) return std::nullopt;
-  if (!service) {
-    auto slash = event.kv.key.rfind('/');
-    auto name = event.kv.key.rfind('/', slash - 1) + 1;
-    service = ServiceInfo{};
-    service->id = event.kv.key.substr(slash + 1);
-    service->name = event.kv.key.substr(name, slash - name);
-  }
-  result.service = std::move(*service);
   return result;
 }
 
@@ -9466,8 +9673,8 @@ COORDINATION_API Result<WatchPlan<ServiceEvent>> services_plan(const Coordinator
   plan.request = prefix_request(state.path("/services/", name) + "/", options.queue_size);
   plan.mode = RangeFeed::Mode::LiveWithValues;
   plan.include_existing = options.include_existing;
-  plan.decode = [log = state.client->log](WatchEvent event) {
-    return service_event(std::move(event), *log);
+  plan.decode = [log = state.client->log](const WatchEvent& event) {
+    return service_event(event, *log);
   };
   return plan;
 }
@@ -9496,73 +9703,94 @@ COORDINATION_API std::shared_ptr<const std::vector<ServiceInfo>> decoded_service
   });
 }
 
+/// The registration, and the revision.
+COORDINATION_API Result<std::pair<RegistrationPtr, std::int64_t>> register_record(
+    const CoordinatorState& state, const ServiceInfo& service, const RegisterOptions& options,
+    const Context& given) {
+  auto valid = validate_service(service);
+  if (!valid) return valid.error();
+  auto ctx = state.client->bounded(given);
+  auto key = state.path("/services/", service.name) + "/" + service.id;
+  while (!state.client->closing) {
+    auto registration = state.registry->get(state.client, key, service.id);
+    auto revision = registration->make(service, options, ctx);
+    if (!revision) return revision.error();
+    if (*revision > 0) return std::make_pair(std::move(registration), *revision);
+  }
+  return closed_error();
+}
+
+/// Of all registrations with this id: the last revision, or the last error.
+template <class Fn>
+Result<std::int64_t> for_each_registration(const CoordinatorState& state, const std::string& id,
+                                           Fn&& fn) {
+  auto valid = validate_segment(id, "id");
+  if (!valid) return valid.error();
+  if (state.client->closing) return closed_error();
+  Result<std::int64_t> last = not_registered(id);
+  for (auto& registration : state.registry->find(&id)) {
+    auto done = fn(*registration);
+    bool better = done || done.error().code != ErrorCode::NotFound;
+    if (better) last = std::move(done);
+  }
+  return last;
+}
+
+COORDINATION_API Result<void> validate_metadata(
+    const std::map<std::string, std::string>& metadata) {
+  return validate_service({"id", "name", "address", 1, metadata});
+}
+
 }  // namespace detail
 
-COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo service, Context ctx) {
-  return register_service(std::move(service), RegisterOptions{}, std::move(ctx));
+COORDINATION_API Result<std::int64_t> ServiceRegistry::register_service(ServiceInfo service,
+                                                                        RegisterOptions options,
+                                                                        Context ctx) {
+  auto made = detail::register_record(*state_, service, options, ctx);
+  if (!made) return made.error();
+  return made->second;
 }
 
-COORDINATION_API Result<void> ServiceRegistry::register_service(ServiceInfo service,
-                                                                RegisterOptions options,
-                                                                Context ctx) {
-  auto valid = detail::validate_service(service);
-  if (!valid) return valid;
-  auto& client = state_->client;
-  if (client->closing) return detail::closed_error();
-  auto key = state_->path("/services/", service.name) + "/" + service.id;
-  auto bounded = client->bounded(ctx);
-  auto replace = [&](ServiceInfo& old_service, RegisterOptions& old_options) {
-    old_service = service;
-    old_options = options;
-  };
-  while (!client->closing) {
-    auto registration = state_->registry->get(client, key, service.id);
-    auto done = registration->set(replace, true, bounded);
-    state_->registry->forget_if_ended(key, registration);
-    if (!done) return done.error();
-    if (*done) return {};
-  }
-  return detail::closed_error();
+COORDINATION_API Result<Registration> ServiceRegistry::register_scoped(ServiceInfo service,
+                                                                       RegisterOptions options,
+                                                                       Context ctx) {
+  auto made = detail::register_record(*state_, service, options, ctx);
+  if (!made) return made.error();
+  return Registration(std::move(made->first));
 }
 
-namespace detail {
-COORDINATION_API Error not_registered(const std::string& id) {
-  return make_error(ErrorCode::NotFound, "no service with the id " + id + " is registered here");
-}
-}  // namespace detail
-
-COORDINATION_API Result<void> ServiceRegistry::update(std::string id,
-                                                      std::map<std::string, std::string> metadata,
-                                                      Context ctx) {
-  auto valid = detail::validate_segment(id, "id");
-  if (!valid) return valid;
-  if (state_->client->closing) return detail::closed_error();
-  valid = detail::validate_service({id, "name", "address", 1, metadata});
-  if (!valid) return valid;
-  auto bounded = state_->client->bounded(ctx);
-  auto replace = [&](ServiceInfo& service, RegisterOptions&) { service.metadata = metadata; };
-  bool found = false;
-  for (auto& registration : state_->registry->find(id)) {
-    auto done = registration->set(replace, false, bounded);
-    if (!done) return done.error();
-    found = found || *done;
-  }
-  return found ? Result<void>() : detail::not_registered(id);
-}
-
-COORDINATION_API Result<void> ServiceRegistry::unregister(std::string id, Context ctx) {
-  auto valid = detail::validate_segment(id, "id");
-  if (!valid) return valid;
-  if (state_->client->closing) return detail::closed_error();
+COORDINATION_API Result<std::int64_t> ServiceRegistry::update(
+    std::string id, std::map<std::string, std::string> metadata, Context ctx) {
+  auto valid = detail::validate_metadata(metadata);
+  if (!valid) return valid.error();
   ctx = state_->client->bounded(ctx);
-  auto registrations = state_->registry->take(&id);
-  if (registrations.empty()) return detail::not_registered(id);
-  Result<void> result;
-  for (auto& registration : registrations) {
-    auto done = registration->end(ctx);
-    if (!done) result = done;
-  }
-  return result;
+  return detail::for_each_registration(*state_, id, [&](detail::RegistrationState& registration) {
+    return registration.update(metadata, ctx);
+  });
+}
+
+COORDINATION_API Result<std::int64_t> ServiceRegistry::unregister(std::string id, Context ctx) {
+  ctx = state_->client->bounded(ctx);
+  return detail::for_each_registration(
+      *state_, id, [&](detail::RegistrationState& registration) { return registration.end(ctx); });
+}
+
+COORDINATION_API void detail::let_go(const std::shared_ptr<RegistrationState>& registration) {
+  registration->abandon();
+}
+
+COORDINATION_API Result<std::int64_t> Registration::update(
+    std::map<std::string, std::string> metadata, Context ctx) {
+  auto valid = detail::validate_metadata(metadata);
+  if (!valid) return valid.error();
+  if (state_->client()->closing) return detail::closed_error();
+  return state_->update(metadata, state_->client()->bounded(ctx));
+}
+
+COORDINATION_API Result<std::int64_t> Registration::unregister(Context ctx) {
+  if (state_->client()->closing) return detail::closed_error();
+  if (state_->ended()) return detail::not_registered(state_->id());
+  return state_->end(state_->client()->bounded(ctx));
 }
 
 COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std::string name,
@@ -9636,8 +9864,10 @@ COORDINATION_API void LiveView::on_change(std::function<void()> handler) {
 
 namespace detail {
 
-COORDINATION_API Error conversion_error(const std::string& key, const char* what) {
-  return make_error(ErrorCode::Validation, "the value of " + key + " is of another type", what);
+COORDINATION_API Error conversion_error(const std::string& key, std::string wanted,
+                                        const char* found) {
+  return make_error(ErrorCode::Validation, "the value of " + key + " is not " + wanted,
+                    std::string("it is a ") + found);
 }
 
 /// After a write whose outcome is unknown: has it taken effect?
@@ -9671,12 +9901,14 @@ COORDINATION_API std::string config_prefix(const CoordinatorState& state) {
 struct ConfigRange {
   std::string root;    // "<key_prefix>/config/"
   std::string prefix;  // as given; "" = all
+  bool itself{true};   // with `prefix`, and so with the range that lies between
+  std::string folder() const { return root + prefix + (prefix.empty() ? "" : "/"); }
   bool contains(const std::string& key) const {
-    auto path = root + prefix;
-    return prefix.empty() || key == path || key.compare(0, path.size() + 1, path + "/") == 0;
+    auto path = folder();
+    return (itself && key == root + prefix) || key.compare(0, path.size(), path) == 0;
   }
-  std::string begin() const { return root + prefix; }
-  std::string end() const { return prefix_range_end(root + prefix + (prefix.empty() ? "" : "/")); }
+  std::string begin() const { return itself ? root + prefix : folder(); }
+  std::string end() const { return prefix_range_end(folder()); }
 };
 
 COORDINATION_API Result<ConfigRange> config_range(const CoordinatorState& state,
@@ -9686,6 +9918,19 @@ COORDINATION_API Result<ConfigRange> config_range(const CoordinatorState& state,
     if (!valid) return valid.error();
   }
   return ConfigRange{config_prefix(state), std::move(prefix)};
+}
+
+/// What `fn` makes of the range of `prefix`, or, where that is more than may be read, of what is
+/// under it alone.
+template <class Fn>
+auto within_rights(const CoordinatorState& state, std::string prefix, Fn&& fn)
+    -> decltype(fn(std::declval<ConfigRange>())) {
+  auto range = config_range(state, std::move(prefix));
+  if (!range) return range.error();
+  auto done = fn(*range);
+  if (done || done.error().code != ErrorCode::PermissionDenied) return done;
+  range->itself = false;
+  return fn(*range);
 }
 
 COORDINATION_API ConfigEvent config_event(const WatchEvent& event, std::size_t root) {
@@ -9722,15 +9967,13 @@ COORDINATION_API Result<WatchPlan<ConfigEvent>> config_key_plan(const Coordinato
   return plan;
 }
 
-COORDINATION_API Result<WatchPlan<ConfigEvent>> config_range_plan(const CoordinatorState& state,
-                                                                  std::string prefix,
-                                                                  const WatchOptions& options) {
-  auto range = config_range(state, std::move(prefix));
-  if (!range) return range.error();
+COORDINATION_API WatchPlan<ConfigEvent> config_range_plan(const CoordinatorState& state,
+                                                          const ConfigRange& range,
+                                                          const WatchOptions& options) {
   auto plan = config_plan(state, options);
-  plan.request.key = range->begin();
-  plan.request.range_end = range->end();
-  plan.decode = [range = *range](WatchEvent event) -> std::optional<ConfigEvent> {
+  plan.request.key = range.begin();
+  plan.request.range_end = range.end();
+  plan.decode = [range](const WatchEvent& event) -> std::optional<ConfigEvent> {
     if (!range.contains(event.kv.key)) return std::nullopt;
     return config_event(event, range.root.size());
   };
@@ -9768,8 +10011,8 @@ COORDINATION_API Result<nlohmann::json> ConfigCenter::get(std::string key, Conte
   return std::move(entry->value);
 }
 
-COORDINATION_API Result<void> ConfigCenter::set(std::string key, const nlohmann::json& value,
-                                                Context ctx) {
+COORDINATION_API Result<std::int64_t> ConfigCenter::set(std::string key,
+                                                        const nlohmann::json& value, Context ctx) {
   auto bytes = detail::config_bytes(key, value);
   if (!bytes) return bytes.error();
   auto path = state_->path("/config/", key);
@@ -9778,11 +10021,9 @@ COORDINATION_API Result<void> ConfigCenter::set(std::string key, const nlohmann:
   put.key = path;
   put.value = *bytes;
   auto done = state_->client->put(put, ctx);
-  if (done) return {};
-  auto settled = detail::settle(*state_->client, path, done.error(), ctx,
-                                [&](const KeyValue* kv) { return kv && kv->value == *bytes; });
-  if (!settled) return settled.error();
-  return {};
+  if (done) return done->revision;
+  return detail::settle(*state_->client, path, done.error(), ctx,
+                        [&](const KeyValue* kv) { return kv && kv->value == *bytes; });
 }
 
 COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string key,
@@ -9811,36 +10052,36 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string 
                             Outcome::MaybeApplied);
 }
 
-COORDINATION_API Result<void> ConfigCenter::remove(std::string key, Context ctx) {
+COORDINATION_API Result<std::int64_t> ConfigCenter::remove(std::string key, Context ctx) {
   auto valid = detail::validate_key(key, "key");
-  if (!valid) return valid;
+  if (!valid) return valid.error();
   ctx = state_->client->bounded(ctx);
   RemoveRequest remove;
   remove.key = state_->path("/config/", key);
   auto done = state_->client->remove(remove, ctx);
-  if (done && done->deleted > 0) return {};
+  if (done && done->deleted > 0) return done->revision;
   if (done) return detail::no_config(key);
-  auto settled = detail::settle(*state_->client, remove.key, done.error(), ctx,
-                                [](const KeyValue* kv) { return kv == nullptr; });
-  if (!settled) return settled.error();
-  return {};
+  return detail::settle(*state_->client, remove.key, done.error(), ctx,
+                        [](const KeyValue* kv) { return kv == nullptr; });
 }
 
 COORDINATION_API Result<std::vector<std::string>> ConfigCenter::list(std::string prefix,
                                                                      Context ctx) {
-  auto range = detail::config_range(*state_, std::move(prefix));
-  if (!range) return range.error();
-  RangeRequest request;
-  request.key = range->begin();
-  request.range_end = range->end();
-  request.keys_only = true;
-  auto all = detail::read_range(*state_->client, request, state_->client->bounded(ctx));
-  if (!all) return all.error();
-  std::vector<std::string> keys;
-  for (auto& kv : all->first) {
-    if (range->contains(kv.key)) keys.push_back(kv.key.substr(range->root.size()));
-  }
-  return keys;
+  ctx = state_->client->bounded(ctx);
+  auto read = [&](const detail::ConfigRange& range) -> Result<std::vector<std::string>> {
+    RangeRequest request;
+    request.key = range.begin();
+    request.range_end = range.end();
+    request.keys_only = true;
+    auto all = detail::read_range(*state_->client, request, ctx);
+    if (!all) return all.error();
+    std::vector<std::string> keys;
+    for (auto& kv : all->first) {
+      if (range.contains(kv.key)) keys.push_back(kv.key.substr(range.root.size()));
+    }
+    return keys;
+  };
+  return detail::within_rights(*state_, std::move(prefix), read);
 }
 
 COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key, Context ctx) {
@@ -9870,31 +10111,35 @@ COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::stri
 COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::string prefix,
                                                                        WatchOptions options,
                                                                        Context ctx) {
-  auto plan = detail::config_range_plan(*state_, std::move(prefix), options);
-  if (!plan) return plan.error();
-  return detail::open_watch(*plan, ctx);
+  ctx = state_->client->bounded(ctx);
+  return detail::within_rights(*state_, std::move(prefix), [&](const detail::ConfigRange& range) {
+    return detail::open_watch(detail::config_range_plan(*state_, range, options), ctx);
+  });
 }
 
 COORDINATION_API Result<Subscription> ConfigCenter::watch_prefix(
     std::string prefix, std::function<void(const ConfigEvent&)> handler, WatchOptions options,
     Context ctx) {
-  auto plan = detail::config_range_plan(*state_, std::move(prefix), options);
-  if (!plan) return plan.error();
-  return detail::subscribe(*plan, std::move(handler), ctx);
+  ctx = state_->client->bounded(ctx);
+  return detail::within_rights(*state_, std::move(prefix), [&](const detail::ConfigRange& range) {
+    return detail::subscribe(detail::config_range_plan(*state_, range, options), handler, ctx);
+  });
 }
 
 COORDINATION_API Result<ConfigView> ConfigCenter::view(std::string prefix, Context ctx) {
-  auto range = detail::config_range(*state_, std::move(prefix));
-  if (!range) return range.error();
-  WatchRequest request;
-  request.key = range->begin();
-  request.range_end = range->end();
-  auto core = std::make_shared<detail::ViewCore>(state_->client, std::move(request));
-  core->prefix = range->root;
-  core->shows = [range = *range](const std::string& key) { return range.contains(key); };
-  auto started = core->feed->start(core, false, ctx);
-  if (!started) return started.error();
-  return ConfigView(std::move(core));
+  ctx = state_->client->bounded(ctx);
+  auto open = [&](const detail::ConfigRange& range) -> Result<ConfigView> {
+    WatchRequest request;
+    request.key = range.begin();
+    request.range_end = range.end();
+    auto core = std::make_shared<detail::ViewCore>(state_->client, std::move(request));
+    core->prefix = range.root;
+    core->shows = [range](const std::string& key) { return range.contains(key); };
+    auto started = core->feed->start(core, false, ctx);
+    if (!started) return started.error();
+    return ConfigView(std::move(core));
+  };
+  return detail::within_rights(*state_, std::move(prefix), open);
 }
 
 COORDINATION_API Result<ConfigEntry> ConfigView::get_entry(const std::string& key) const {
@@ -9964,6 +10209,7 @@ COORDINATION_API Result<void> validate(const CoordinatorOptions& options) {
   if (options.limits.head == 0 || options.limits.body == 0) {
     return detail::invalid("a limit of limits is 0");
   }
+  if (detail::is_shared(options.holder)) return detail::invalid("holder begins with \"shared\"");
   auto& prefix = options.key_prefix;
   if (!prefix.empty() && prefix[0] != '/') return detail::invalid("key_prefix must begin with '/'");
   if (!prefix.empty()) {
@@ -9974,6 +10220,17 @@ COORDINATION_API Result<void> validate(const CoordinatorOptions& options) {
 }
 
 namespace detail {
+
+COORDINATION_API std::string host_and_process() {
+#if defined(_WIN32)
+  const char* host = std::getenv("COMPUTERNAME");
+  return std::string(host ? host : "?") + ":" + std::to_string(_getpid());
+#else
+  std::array<char, 256> host{};
+  if (gethostname(host.data(), host.size() - 1) != 0) host = {'?'};
+  return std::string(host.data()) + ":" + std::to_string(getpid());
+#endif
+}
 
 COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions options) {
   auto client = std::make_shared<ClientState>();
@@ -9990,6 +10247,7 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   client->leases = std::make_shared<LeaseKeeper>(client);
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
+  if (client->options.holder.empty()) client->options.holder = host_and_process();
   client->options.timeout = (std::min)(client->options.timeout, kLongest);
   std::weak_ptr<ClientState> weak = client;
   client->clock->on_jump([weak] {
@@ -10040,7 +10298,7 @@ COORDINATION_API void close_coordinator(CoordinatorState& state,
   auto& client = *state.client;
   auto left = milliseconds(1000) - (std::min)(milliseconds(client.waited), milliseconds(500));
   client.watches->close();
-  for (auto& registration : state.registry->take(nullptr)) registration->quit();
+  for (auto& registration : state.registry->find(nullptr)) registration->quit();
   client.leases->close(now + left * 7 / 10);
   client.open.cancel();
   client.executor->stop(now + left * 19 / 20, *client.log, patience);
@@ -10089,6 +10347,7 @@ struct StandIns {
   std::shared_ptr<CoordinatorState> coordinator{std::make_shared<CoordinatorState>()};
   std::shared_ptr<LeaseState> lease;
   std::shared_ptr<OwnedKey> owned;
+  std::shared_ptr<RegistrationState> registration;
   std::shared_ptr<ViewCore> view;
 
   StandIns() {
@@ -10102,6 +10361,8 @@ struct StandIns {
     lease->client = client;
     lease->release();
     owned = std::make_shared<OwnedKey>(client, "", 0, lease);
+    registration = std::make_shared<RegistrationState>(client, "", "");
+    registration->quit();
     view = std::make_shared<ViewCore>(client, WatchRequest());
     view->end = closed_error();
     view->shows = [](const std::string&) { return false; };
@@ -10122,6 +10383,9 @@ COORDINATION_API const std::shared_ptr<LeaseState>& stand_in(LeaseState*) {
 }
 COORDINATION_API const std::shared_ptr<OwnedKey>& stand_in(OwnedKey*) {
   return process_wide<StandIns>().owned;
+}
+COORDINATION_API const std::shared_ptr<RegistrationState>& stand_in(RegistrationState*) {
+  return process_wide<StandIns>().registration;
 }
 COORDINATION_API const std::shared_ptr<ViewCore>& stand_in(ViewCore*) {
   return process_wide<StandIns>().view;
@@ -10270,12 +10534,12 @@ COORDINATION_API Result<Lock> try_acquire_lock(std::string key, milliseconds ttl
                               [&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
 }
 
-COORDINATION_API Result<void> register_service(ServiceInfo service, Context ctx) {
+COORDINATION_API Result<std::int64_t> register_service(ServiceInfo service, Context ctx) {
   return detail::with_default(
       ctx, [&](Coordinator& c) { return c.registry().register_service(service, ctx); });
 }
 
-COORDINATION_API Result<void> unregister_service(std::string id, Context ctx) {
+COORDINATION_API Result<std::int64_t> unregister_service(std::string id, Context ctx) {
   return detail::with_default(ctx,
                               [&](Coordinator& c) { return c.registry().unregister(id, ctx); });
 }
@@ -10299,12 +10563,12 @@ COORDINATION_API Result<nlohmann::json> get_config(std::string key, Context ctx)
   return detail::with_default(ctx, [&](Coordinator& c) { return c.config().get(key, ctx); });
 }
 
-COORDINATION_API Result<void> set_config(std::string key, const nlohmann::json& value,
-                                         Context ctx) {
+COORDINATION_API Result<std::int64_t> set_config(std::string key, const nlohmann::json& value,
+                                                 Context ctx) {
   return detail::with_default(ctx, [&](Coordinator& c) { return c.config().set(key, value, ctx); });
 }
 
-COORDINATION_API Result<void> delete_config(std::string key, Context ctx) {
+COORDINATION_API Result<std::int64_t> delete_config(std::string key, Context ctx) {
   return detail::with_default(ctx, [&](Coordinator& c) { return c.config().remove(key, ctx); });
 }
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 # What the interface (everything above Part C) may include: headers that compile fast.
 INTERFACE_INCLUDES = {
-    "cassert", "chrono", "cstddef", "cstdint", "functional", "iterator", "map", "memory",
-    "optional", "stdexcept", "string", "string_view", "utility", "variant", "vector",
+    "cassert", "chrono", "cstddef", "cstdint", "functional", "iterator", "limits", "map", "memory",
+    "optional", "stdexcept", "string", "string_view", "type_traits", "utility", "variant",
+    "vector",
     "nlohmann/json_fwd.hpp",
 }
 # Sections that exist only in the implementation.

@@ -310,7 +310,7 @@ TEST_CASE("client: what etcd refuses is told once, in both shapes, and names the
       {429, 8, "grpc: received message larger than max (2097162 vs. 2097152)",
        ErrorCode::Validation},
       {400, 3, "etcdserver: duplicate key given in txn request", ErrorCode::Validation},
-      {400, 3, "etcdserver: key not found", ErrorCode::Validation},
+      {400, 3, "etcdserver: key not found", ErrorCode::NotFound},
       {400, 11, "etcdserver: too large lease TTL", ErrorCode::Validation},
       {400, 11, "etcdserver: mvcc: required revision has been compacted", ErrorCode::Compacted},
       {404, 5, "etcdserver: requested lease not found", ErrorCode::NotFound},
@@ -1262,4 +1262,45 @@ TEST_CASE("client: a request leaves no timer behind" * doctest::skip(sanitized()
   const auto before = rss_kb();
   for (int i = 0; i < 20000; ++i) static_cast<void>(c.client().get("x"));
   CHECK(rss_kb() - before < 3000);
+}
+
+TEST_CASE("client: what is to be ignored must not be given, and must be there") {
+  auto c = Coordinator::in_memory();
+  PutRequest put;
+  put.key = "a";
+  put.value = "1";
+  put.ignore_value = true;
+  check_error(c.client().put(put), ErrorCode::Validation, Outcome::NotApplied);
+  check_error(c.client().commit(Txn().then(Op::put(put))), ErrorCode::Validation,
+              Outcome::NotApplied);
+  check_error(c.client().commit(Txn().otherwise(Op::txn(Txn().then(Op::put(put))))),
+              ErrorCode::Validation, Outcome::NotApplied);
+  put.value.clear();
+  check_error(c.client().put(put), ErrorCode::NotFound, Outcome::NotApplied);
+  check_error(c.client().commit(Txn().then(Op::put(put))), ErrorCode::NotFound,
+              Outcome::NotApplied);
+  put.value = "1";
+  put.ignore_value = false;
+  put.ignore_lease = true;
+  put.lease = 7;
+  check_error(c.client().put(put), ErrorCode::Validation, Outcome::NotApplied);
+  put.lease = 0;
+  check_error(c.client().put(put), ErrorCode::NotFound, Outcome::NotApplied);
+  CHECK(c.client().put("a", "0"));
+  CHECK(c.client().put(put));
+  CHECK(c.client().get("a").value().value == "1");
+}
+
+TEST_CASE("client: a sort target without an order sorts upwards") {
+  auto c = Coordinator::in_memory();
+  for (const char* key : {"/c", "/a", "/b"}) c.client().put(key, "").value();
+  RangeRequest range;
+  range.key = "/";
+  range.range_end = prefix_range_end("/");
+  range.sort_target = SortTarget::Mod;
+  const auto found = c.client().range(range).value();
+  REQUIRE(found.kvs.size() == 3);
+  CHECK(found.kvs[0].key == "/c");
+  CHECK(found.kvs[1].key == "/a");
+  CHECK(found.kvs[2].key == "/b");
 }

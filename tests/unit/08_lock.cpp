@@ -1,5 +1,6 @@
 // Section 8: locks, shared locks and semaphores, on an etcd in memory whose time the tests move.
 #include <doctest/doctest.h>
+#include <unistd.h>
 
 #include <deque>
 #include <future>
@@ -96,7 +97,7 @@ TEST_CASE("lock: its key, its lease, its token") {
   const auto kv = s.c.client().get(lock.key()).value();
   CHECK(kv.create_revision == lock.fencing_token());
   CHECK(kv.lease == s.etcd->leases().front());
-  CHECK(kv.value.empty());
+  CHECK(kv.value.find(':' + std::to_string(getpid())) != std::string::npos);
   CHECK(lock.unlock());
   CHECK_FALSE(lock.held());
   CHECK(s.etcd->keys().empty());
@@ -377,7 +378,7 @@ TEST_CASE("lock: who does not get it is told who has it, and how long was waited
   over.cancel();
   const auto ended = s.d.lock().acquire("a", 9s, over);
   check_code(ended, ErrorCode::Cancelled);
-  CHECK(ended.error().cause.find("the Context had ended before") != std::string::npos);
+  CHECK(ended.error().cause.find("it had ended before") != std::string::npos);
 }
 
 TEST_CASE("lock: in one queue with contenders of another kind") {
@@ -667,11 +668,81 @@ TEST_CASE("lock: with_lock") {
   CHECK(calls == 2);
 }
 
-TEST_CASE("lock: an unlock whose answer was lost is settled, not guessed") {
+TEST_CASE("lock: with_lock returns what its function returns") {
+  Setup s;
+  const auto number = s.c.lock().with_lock("a", 9s, [](Lock&) { return 7; });
+  CHECK(number.value() == 7);
+  auto pointer = s.c.lock().with_lock("a", 9s, [](Lock&) { return std::make_unique<int>(8); });
+  CHECK(**pointer == 8);
+  const auto kept = s.c.lock().with_lock("a", 9s, [](Lock& lock) { return lock.renew(9s); });
+  CHECK(kept);
+  const auto error = s.c.lock().with_lock("a", 9s, [&](Lock& lock) -> Result<int> {
+    s.d.client().remove(lock.key()).value();
+    return Error{ErrorCode::NotFound, "its own", "", {}, 0};
+  });
+  check_code(error, ErrorCode::NotFound);
+  CHECK(error.error().message == "its own");
+  const auto lost = s.c.lock().with_lock("a", 9s, [&](Lock& lock) {
+    s.d.client().remove(lock.key()).value();
+    return 9;
+  });
+  check_code(lost, ErrorCode::Lost);
+}
+
+TEST_CASE("lock: with_lock whose release must go on in the background has succeeded") {
+  Setup s;
+  const auto done = s.c.lock().with_lock("a", 9s, [&](Lock&) {
+    s.cut_off("one");
+    return 7;
+  });
+  REQUIRE_MESSAGE(done, text_of(done));
+  CHECK(*done == 7);
+  s.etcd->heal();
+  CHECK(queued(s, 0));
+}
+
+// Who holds it.
+
+TEST_CASE("lock: who holds it can be asked") {
+  Setup s;
+  check_code(s.d.lock().holder("a"), ErrorCode::NotFound);
+  auto options = s.options("three");
+  options.holder = "the third";
+  auto e = connect_to(options);
+  const auto lock = e.lock().acquire("a", 9s).value();
+  const auto nested = s.acquire("a/b");
+  Waiter waiter(exclusive(s.c));
+  REQUIRE(queued(s, 3));
+  const auto holder = s.d.lock().holder("a").value();
+  CHECK(holder.key == lock.key());
+  CHECK(holder.value == "the third");
+  CHECK(holder.token == lock.fencing_token());
+  CHECK(holder.revision == s.etcd->revision());
+  check_code(s.d.lock().holder("a//b"), ErrorCode::Validation);
+  options.holder = "shared by all";  // would be taken for a shared holder's
+  check_code(Coordinator::connect(options), ErrorCode::Validation);
+}
+
+TEST_CASE("lock: who waits for himself is told so") {
+  Setup s;
+  const auto lock = s.acquire();
+  const auto own = s.c.lock().try_acquire("a", 9s);
+  check_code(own, ErrorCode::Conflict);
+  CHECK(own.error().cause == lock.key() + " holds it, by this Coordinator");
+  const auto others = s.d.lock().try_acquire("a", 9s);
+  check_code(others, ErrorCode::Conflict);
+  CHECK(others.error().cause == lock.key() + " holds it");
+}
+
+TEST_CASE("lock: an unlock whose answer was lost says so: the key may have gone before") {
   Setup s;
   auto lock = s.acquire();
-  s.etcd->drop_replies(1);
-  CHECK(lock.unlock());
+  SUBCASE("it was ours") {}
+  SUBCASE("somebody else had deleted it") { s.d.client().remove(lock.key()).value(); }
+  s.etcd->drop_replies(1, kTxn);
+  const auto unlocked = lock.unlock();
+  check_code(unlocked, ErrorCode::Connection);
+  CHECK(unlocked.error().outcome == Outcome::MaybeApplied);
   CHECK(s.etcd->keys().empty());
   auto other = s.acquire("b");
   s.cut_off("one");
@@ -801,6 +872,63 @@ TEST_CASE("semaphore: a lost permit goes to the next") {
   s.etcd->expire_lease(s.c.client().get(one.key()).value().lease);
   CHECK(second.wins());
   check_code(one.unlock(), ErrorCode::Lost);
+}
+
+TEST_CASE("semaphore: users who disagree on the permits are told both numbers") {
+  Setup s;
+  const auto one = s.c.lock().semaphore("a", 3).acquire(9s).value();
+  for (const bool only_try : {true, false}) {
+    auto semaphore = s.d.lock().semaphore("a", 2);
+    const auto other = only_try ? semaphore.try_acquire(9s) : semaphore.acquire(9s);
+    check_code(other, ErrorCode::Conflict);
+    CHECK(other.error().message == "/semaphores/a has 2 permits here");
+    CHECK(other.error().cause == one.key() + " says 3");
+    CHECK(queued(s, 1));
+  }
+  CHECK(s.d.lock().semaphore("a", 3).acquire(9s));
+}
+
+TEST_CASE("semaphore: a release wakes those who can be next, and nobody else") {
+  Setup s;
+  auto semaphore = s.c.lock().semaphore("a", 2);
+  auto one = semaphore.acquire(9s).value();
+  const auto two = semaphore.acquire(9s).value();
+  std::vector<std::unique_ptr<Waiter>> waiters;
+  for (std::size_t i = 0; i < 10; ++i) {
+    waiters.push_back(std::make_unique<Waiter>(permit(s.d, 2)));
+    CHECK(eventually([&] { return s.etcd->keys().size() == i + 3; }));
+  }
+  for (int seen = -1; seen != s.tap->count();) {  // until all have looked and are waiting
+    seen = s.tap->count();
+    std::this_thread::sleep_for(lenient(40ms));
+  }
+  s.tap->reset();
+  one.unlock().value();
+  CHECK(waiters[0]->wins());
+  CHECK(s.tap->count(kTxn) == 2);  // the unlock, and a look of the next
+  waiters[9]->cancel();            // the last: nobody else's business
+  CHECK(eventually([&] { return waiters[9]->done(); }));
+  std::this_thread::sleep_for(lenient(40ms));
+  CHECK(s.tap->count(kTxn) == 2);
+}
+
+TEST_CASE("shared: who comes does not read those who are there") {
+  Setup s;
+  for (int i = 0; i < 100; ++i) {
+    s.c.client().put("/locks/a/" + hex(0x1000 + i), "shared " + std::string(1000, 'x')).value();
+  }
+  const auto reader = s.d.lock().acquire_shared("a", 9s);
+  REQUIRE_MESSAGE(reader, text_of(reader));
+  std::atomic<int> read{0};
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path == kTxn && request.body.find("\"limit\"") == std::string::npos) ++read;
+  });
+  Waiter writer(exclusive(s.c));
+  REQUIRE(queued(s, 102));
+  Waiter behind(shared(s.d));
+  REQUIRE(queued(s, 103));
+  CHECK_FALSE(behind.done());
+  CHECK(read == 0);  // the writer is among the few that are asked for
 }
 
 // All together.

@@ -1,6 +1,7 @@
 // Section 10: registration and discovery, on an etcd in memory whose time the tests move.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <future>
 
 #include "coordination.hpp"
@@ -133,7 +134,7 @@ TEST_CASE("registry: it stays for as long as it is wanted, whatever becomes of t
   CHECK(s.ids() == std::vector<std::string>{"w1"});
   CHECK(s.c.registry().unregister("w1"));
   CHECK(s.ids().empty());
-  CHECK(s.etcd->leases().empty());
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
   CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1"});
 }
 
@@ -260,7 +261,9 @@ TEST_CASE("registry: registered again over a stranger's record that nobody has t
   s.etcd->advance(3001ms);
   std::this_thread::sleep_for(50ms);
   CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 3)});
-  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "REGISTERED w1"});
+  auto told = s.notes.lines();
+  told.erase(std::remove(told.begin(), told.end(), "REPLACED w1"), told.end());  // if it was heard
+  CHECK(told == std::vector<std::string>{"REGISTERED w1", "REGISTERED w1"});
 }
 
 TEST_CASE("registry: a registration that fails does not end another of the same") {
@@ -297,7 +300,7 @@ TEST_CASE("registry: replaced twice without an answer it is still there, and the
   CHECK(s.c.registry().register_service(web("w1", 4, 9s), s.noted()));
   CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
   CHECK(s.c.registry().unregister("w1"));
-  CHECK(s.etcd->leases().empty());
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
   auto event = next(watch);
   CHECK(event == "PUT w1:2");
   while (event == "PUT w1:2") event = next(watch);  // it was sent as often as its answer was lost
@@ -521,6 +524,155 @@ TEST_CASE("registry: events of records that cannot be read") {
   s.c.client().put("/services/web/bad", "{").value();
   s.c.client().remove("/services/web/bad").value();
   CHECK(s.c.registry().register_service(web("w1")));
-  CHECK(next(watch) == "DELETE bad:0");  // what its key tells
-  CHECK(next(watch) == "PUT w1:80");
+  CHECK(next(watch) == "PUT w1:80");  // what was never readable cannot go
+  s.c.client().put("/services/web/w1", "{").value();
+  CHECK(next(watch) == "DELETE w1:80");
+  CHECK(s.ids().empty());
+  s.c.client().put("/services/web/w1", "[").value();
+  CHECK(s.c.registry().register_service(web("w2")));
+  CHECK(next(watch) == "PUT w2:80");
+}
+
+// What is another's.
+
+TEST_CASE("registry: a rolling restart under one id ends with exactly the living instance") {
+  for (int round = 0; round < scaled(20); ++round) {
+    Setup s;
+    CHECK(s.c.registry().register_service(web("w1", 1)));
+    {
+      // The old one says that it goes, and goes, while the new one comes.
+      Joined old([&] {
+        static_cast<void>(s.c.registry().update("w1", {{"state", "draining"}}));
+        static_cast<void>(s.c.registry().unregister("w1"));
+      });
+      CHECK(s.d.registry().register_service(web("w1", 2)));
+    }
+    s.c.close().value();
+    CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+  }
+}
+
+TEST_CASE("registry: update and unregister do not touch what is another's, told of it or not") {
+  Setup s;
+  s.tap->lose_if([](const HttpRequest& request) { return request.path == "/v3/watch"; });
+  CHECK(s.c.registry().register_service(web("w1", 1)));
+  CHECK(s.d.registry().register_service(web("w1", 2)));
+  SUBCASE("update") { check_code(s.c.registry().update("w1", {{"x", "y"}}), ErrorCode::NotFound); }
+  SUBCASE("unregister") { CHECK(s.c.registry().unregister("w1")); }
+  s.tap->lose_if(nullptr);
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+  s.c.close().value();
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+}
+
+TEST_CASE("registry: one that was replaced comes back when the other has gone") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1), s.noted()));
+  CHECK(s.d.registry().register_service(web("w1", 2)));
+  CHECK(eventually([&] { return s.notes.size() == 2; }));
+  CHECK(s.d.registry().unregister("w1"));
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.notes.lines() ==
+        std::vector<std::string>{"REGISTERED w1", "REPLACED w1", "REGISTERED w1"});
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 1)});
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+}
+
+TEST_CASE("registry: update tells no event, but that what was lost is there again") {
+  Setup s;
+  RegisterOptions options;
+  options.on_event = [&](RegistrationEvent event, const ServiceInfo&) {
+    s.notes.add(to_string(event));
+    static_cast<void>(s.c.registry().update("w1", {{"state", "up"}}));
+  };
+  CHECK(s.c.registry().register_service(web("w1"), options));
+  CHECK(eventually([&] { return s.d.registry().discover("web")->at(0).metadata.count("state"); }));
+  CHECK(s.c.registry().update("w1", {{"state", "down"}}));
+  s.d.client().remove("/services/web/w1").value();
+  CHECK(s.c.registry().update("w1", {{"state", "again"}}));
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  const auto told = s.notes.lines();
+  CHECK(told.front() == "REGISTERED");
+  CHECK(std::count(told.begin(), told.end(), "REGISTERED") <= 2);
+  CHECK(std::count(told.begin(), told.end(), "REPLACED") == 0);
+}
+
+TEST_CASE("registry: what is to stay away when it is lost is not brought back by update") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted(HealPolicy::NotifyOnly)));
+  s.d.client().remove("/services/web/w1").value();
+  check_code(s.c.registry().update("w1", {{"x", "y"}}), ErrorCode::NotFound);
+  CHECK(eventually([&] { return s.notes.size() == 2; }));
+  check_code(s.c.registry().update("w1", {{"x", "y"}}), ErrorCode::NotFound);
+  CHECK(s.ids().empty());
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1"});
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("registry: an update that fails leaves the record as it is") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  s.cut_off("one");
+  check_code(s.c.registry().update("w1", {{"x", "y"}}), ErrorCode::Connection);
+  s.etcd->heal();
+  s.etcd->advance(3001ms);
+  CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > 0; }));
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1")});
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1"});
+}
+
+TEST_CASE("registry: it comes back though every answer takes longer than a second") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  s.etcd->expire_lease(s.lease_of("/services/web/w1"));
+  s.tap->before([](const HttpRequest& request) {
+    if (request.path != "/v3/watch") std::this_thread::sleep_for(1100ms);
+  });
+  s.etcd->advance(3001ms);
+  CHECK(wait_until([&] { return s.notes.size() == 3; }, lenient(12s)));
+  s.tap->before(nullptr);
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+}
+
+TEST_CASE("registry: revisions of what was written, and a view that waits for them") {
+  Setup s;
+  const auto view = s.d.registry().view("web").value();
+  const auto made = s.c.registry().register_service(web("w1")).value();
+  CHECK(view.wait_for(made));
+  CHECK(view.instances() == std::vector<ServiceInfo>{web("w1")});
+  const auto updated = s.c.registry().update("w1", {}).value();
+  CHECK(updated > made);
+  CHECK(view.wait_for(updated));
+  CHECK(view.instances().at(0).metadata.empty());
+  const auto gone = s.c.registry().unregister("w1").value();
+  CHECK(gone > updated);
+  CHECK(view.wait_for(gone));
+  CHECK(view.instances().empty());
+  const Result<void> as_before = s.c.registry().register_service(web("w1"));
+  CHECK(as_before);
+}
+
+TEST_CASE("registry: a registration that ends with its handle") {
+  Setup s;
+  {
+    auto one = s.c.registry().register_scoped(web("w1"), s.noted());
+    REQUIRE_MESSAGE(one, text_of(one));
+    auto moved = std::move(*one);
+    CHECK(s.ids() == std::vector<std::string>{"w1"});
+    CHECK(moved.update({{"a", "b"}}));
+    CHECK(s.d.registry().discover("web")->at(0).metadata.at("a") == "b");
+    check_code(one->update({}), ErrorCode::Cancelled);  // NOLINT: moved from
+    check_code(one->unregister(), ErrorCode::Cancelled);
+    auto two = s.c.registry().register_scoped(web("w2")).value();
+    two = std::move(moved);
+    CHECK(s.ids() == std::vector<std::string>{"w1"});
+  }
+  CHECK(s.ids().empty());
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+  auto last = s.c.registry().register_scoped(web("w3")).value();
+  CHECK(last.unregister());
+  check_code(last.unregister(), ErrorCode::NotFound);
+  check_code(last.update({}), ErrorCode::NotFound);
+  check_code(s.c.registry().unregister("w3"), ErrorCode::NotFound);
+  check_code(s.c.registry().register_scoped(web("")), ErrorCode::Validation);
 }

@@ -1,6 +1,8 @@
 // Section 11: configuration, on an etcd in memory.
 #include <doctest/doctest.h>
 
+#include <limits>
+
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
 
@@ -421,4 +423,115 @@ TEST_CASE("config: a read in pages that a compaction overtakes is repeated") {
   s.tap->before(nullptr);
   REQUIRE_MESSAGE(keys, text_of(keys));
   CHECK(keys->size() == 1200);
+}
+
+TEST_CASE("config: get_as takes a number as it is or not at all") {
+  auto c = Coordinator::in_memory();
+  auto& config = c.config();
+  const auto is_refused = [&](const auto& result, const std::string& says) {
+    check_code(result, ErrorCode::Validation);
+    INFO(text_of(result));
+    CHECK(to_string(result.error()).find("the value of n is not " + says) != std::string::npos);
+  };
+  const std::string as_int = "an integer from -2147483648 to 2147483647: it is a ";
+  config.set("n", 5000000000).value();
+  is_refused(config.get_as<int>("n"), as_int + "number");
+  CHECK(config.get_as<std::int64_t>("n").value() == 5000000000);
+  config.set("n", -1).value();
+  CHECK(config.get_as<int>("n").value() == -1);
+  is_refused(config.get_as<unsigned>("n"), "an integer from 0 to 4294967295: it is a number");
+  is_refused(config.get_as<std::uint64_t>("n"), "an integer from 0 to ");
+  config.set("n", 3.7).value();
+  is_refused(config.get_as<int>("n"), as_int + "number with a fraction");
+  CHECK(config.get_as<double>("n").value() == 3.7);
+  config.set("n", 1e300).value();
+  is_refused(config.get_as<float>("n"), "a number of 4 bytes");
+  config.set("n", true).value();
+  is_refused(config.get_as<int>("n"), as_int + "boolean");
+  CHECK(config.get_as<bool>("n").value());
+  config.set("n", 1).value();
+  is_refused(config.get_as<bool>("n"), "true or false: it is a number");
+  is_refused(config.get_as<std::string>("n"), "a string: it is a number");
+  CHECK(config.get_as<double>("n").value() == 1.0);
+  config.set("n", (std::numeric_limits<std::uint64_t>::max)()).value();
+  CHECK(config.get_as<std::uint64_t>("n").value() == (std::numeric_limits<std::uint64_t>::max)());
+  is_refused(config.get_as<std::int64_t>("n"), "an integer from -9223372036854775808 to ");
+  config.set("n", (std::numeric_limits<std::int64_t>::min)()).value();
+  CHECK(config.get_as<std::int64_t>("n").value() == (std::numeric_limits<std::int64_t>::min)());
+  const auto view = config.view("n").value();
+  is_refused(view.get_as<int>("n"), as_int + "number");
+  CHECK(config.get_as<nlohmann::json>("n").value().is_number_integer());
+}
+
+TEST_CASE("config: writes return their revision, and a view can wait for it") {
+  auto c = Coordinator::in_memory();
+  const auto view = c.config().view("app").value();
+  const auto set = c.config().set("app/a", 1).value();
+  CHECK(c.config().get_entry("app/a").value().revision == set);
+  CHECK(view.wait_for(set));
+  CHECK(view.keys() == std::vector<std::string>{"app/a"});
+  const auto removed = c.config().remove("app/a").value();
+  CHECK(removed == set + 1);
+  CHECK(view.wait_for(removed));
+  CHECK(view.keys().empty());
+  const Result<void> as_before = c.config().set("app/a", 2);
+  CHECK(as_before);
+  const Result<void> not_there = c.config().remove("app/b");
+  check_code(not_there, ErrorCode::NotFound);
+}
+
+TEST_CASE("config: wait_for without a Context ends by options.timeout") {
+  CoordinatorOptions options;
+  options.transport = std::make_shared<MemoryEtcd>();
+  options.timeout = 50ms;
+  auto c = Coordinator::connect(options).value();
+  const auto view = c.config().view("app").value();
+  const Stopwatch watch;
+  check_code(view.wait_for(1000), ErrorCode::Timeout);
+  CHECK(watch.elapsed() >= 50ms);
+}
+
+TEST_CASE("config: a view is told of what it shows") {
+  auto c = Coordinator::in_memory();
+  auto view = c.config().view("app").value();
+  std::atomic<int> told{0};
+  view.on_change([&] { ++told; });
+  const auto other = c.config().set("app-other", 1).value();
+  CHECK(view.wait_for(other));
+  CHECK(view.wait_for(c.config().set("app/a", 1).value()));
+  CHECK(wait_until([&] { return told > 0; }, lenient(2s)));
+  CHECK(told == 1);
+  CHECK(view.wait_for(c.config().set("app", 1).value()));
+  CHECK(view.keys() == std::vector<std::string>{"app", "app/a"});
+  CHECK(c.config().list("app").value() == view.keys());
+}
+
+TEST_CASE("config: the right to what is under a prefix is enough") {
+  auto etcd = std::make_shared<MemoryEtcd>();
+  CoordinatorOptions options;
+  options.transport = etcd;
+  {
+    auto c = Coordinator::connect(options).value();
+    c.config().set("app", 0).value();
+    c.config().set("app/a", 1).value();
+  }
+  etcd->enable_auth("root");
+  etcd->add_user("u", "p", "/config/app/");
+  options.username = "u";
+  options.password = "p";
+  auto c = Coordinator::connect(options).value();
+  CHECK(c.config().list("app").value() == std::vector<std::string>{"app/a"});
+  const auto view = c.config().view("app").value();
+  CHECK(view.keys() == std::vector<std::string>{"app/a"});
+  auto watch = c.config().watch_prefix("app").value();
+  Notes notes;
+  const auto heard =
+      c.config().watch_prefix("app", [&](const ConfigEvent& event) { notes.add(event.key); });
+  REQUIRE_MESSAGE(heard, text_of(heard));
+  const auto revision = c.config().set("app/b", 2).value();
+  CHECK(watch.next(Context::with_timeout(lenient(2s))).value().key == "app/b");
+  CHECK(view.wait_for(revision));
+  CHECK(wait_until([&] { return notes.size() == 1; }, lenient(2s)));
+  check_code(c.config().list("ap"), ErrorCode::PermissionDenied);
+  check_code(c.config().list(""), ErrorCode::PermissionDenied);
 }
