@@ -5402,7 +5402,7 @@ struct Attempts {
     Error error = verdict.error;
     bool over = error.code == ErrorCode::Timeout || error.code == ErrorCode::Cancelled;
     bool stopped = verdict.next == Verdict::Next::Stop || verdict.next == Verdict::Next::Login;
-    bool cut = bounded.cancelled() || (bounded.done() && (over || !verdict.passing));
+    bool cut = cancelled() || (bounded.done() && (over || !verdict.passing));
     if (!stopped && cut) {
       return ended(call.what + " was not done in " + in_words(steady_clock::now() - begun));
     }
@@ -5427,12 +5427,14 @@ struct Attempts {
     return text;
   }
 
+  bool cancelled() const { return ctx.cancelled() || client.open.cancelled(); }
   Outcome outcome() const { return maybe ? Outcome::MaybeApplied : Outcome::NotApplied; }
 
   Error ended(std::string what) const {
     if (client.open.cancelled()) what = closed_error().message;
     if (ctx.cancelled()) what = call.what + " was cancelled";
-    return context_error(bounded, std::move(what), all_reasons(), outcome());
+    auto code = cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
+    return make_error(code, std::move(what), all_reasons(), outcome());
   }
 };
 
@@ -5453,7 +5455,8 @@ COORDINATION_API Verdict ClientState::judge(const Result<HttpResponse>& response
   Verdict verdict;
   if (!response) {
     verdict = judge_transport(response.error());
-    if (response.error().code == ErrorCode::Cancelled && !ctx.cancelled()) {
+    bool ours = ctx.cancelled() || open.cancelled();
+    if (response.error().code == ErrorCode::Cancelled && !ours) {
       verdict.next = Verdict::Next::OtherMember;
       verdict.member_failed = true;
       verdict.error.code = ErrorCode::Timeout;  // the watchdog was needed
@@ -5465,7 +5468,7 @@ COORDINATION_API Verdict ClientState::judge(const Result<HttpResponse>& response
   } else {
     verdict = judge_status(*response, members->url(member));
   }
-  if (ctx.cancelled()) verdict.member_failed = false;
+  if (ctx.cancelled() || open.cancelled()) verdict.member_failed = false;
   return verdict;
 }
 
