@@ -293,9 +293,10 @@ TEST_CASE("handlers: a watch that has ended says so, once, after its events") {
   }
   CHECK(eventually([&] { return notes.size() == 2; }));
   CHECK(notes.lines() == Strings{"1", "COMPACTED"});
-  watch.on_end([&](const Error&) { notes.add("again"); });
+  watch.on_end([&](const Error&) { notes.add("again"); });  // each handler is told once
+  CHECK(eventually([&] { return notes.size() == 3; }));
   watch.cancel();
-  CHECK(notes.size() == 2);
+  CHECK(notes.lines() == Strings{"1", "COMPACTED", "again"});
 }
 
 TEST_CASE("watches: one that breaks hurries the renewals") {
