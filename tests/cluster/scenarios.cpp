@@ -54,10 +54,13 @@ struct Scenario {
   // Limits in seconds on a quiet machine.
   double gap{2.5};  // without a read, a write, or a program that begins
   double watch{3}, idle_watch{6};
-  // A member passes writes on to its leader. Those that are with a leader when it dies are never
-  // answered, and nobody can tell: who writes one thing after the other waits for the deadline.
+  // A member passes writes on to its leader. Those that are with a leader when it dies or hands
+  // over may never be answered, and nobody can tell: who writes one thing after the other waits for
+  // the deadline.
   bool may_hang{false};
-  bool gentle{false};  // no answer is lost at all
+  bool gentle{false};    // no answer is lost at all
+  bool misleads{false};  // a program that begins may believe another cluster
+  // What is asked for without a quorum and then given up goes when its TTL is over.
   bool keeps_locks{true};
   std::function<void(Stage&)> prepare{};  // may change the endpoints
   std::function<void(Stage&)> clean_up{};
@@ -68,7 +71,7 @@ Scenario gently(Scenario scenario) {
   return scenario;
 }
 
-/// Where the program talks to another member than the one that dies.
+/// Where the leader goes while the program talks to another member.
 Scenario with_hanging_writes(Scenario scenario) {
   scenario.may_hang = true;
   return scenario;
@@ -162,7 +165,7 @@ void judge(const Scenario& scenario, const Outcomes& out) {
   };
   limit_gap("read", out.read);
   limit_gap("write among many", out.new_writes);
-  limit_gap("connection", out.newcomers);
+  if (!scenario.misleads) limit_gap("connection", out.newcomers);
   if (!scenario.may_hang) limit_gap("write", out.write);
   if (scenario.gentle) limit_gap("read within 1 s", out.read_1s);
   if (scenario.gentle) limit_gap("write within 2 s", out.write_2s);
@@ -178,7 +181,7 @@ void judge(const Scenario& scenario, const Outcomes& out) {
   CHECK(out.lies == 0);
   CHECK(out.lies_of_locks == 0);
   CHECK(out.registrations == 3);
-  CHECK(out.keys_left == 0);
+  if (scenario.keeps_locks) CHECK(out.keys_left == 0);
   if (scenario.gentle) CHECK(out.leases_left == 0);
   if (scenario.keeps_locks && out.control_lost == 0) CHECK(out.locks_kept == out.locks);
 }
@@ -233,20 +236,23 @@ TEST_CASE("calm") {
 // etcd changes its members only while all have been connected for some seconds: so these are first.
 TEST_CASE("a member added and removed") {
   Scenario change{"a member added and removed", InUse::Either, [](Stage& stage) {
-                    const std::size_t fourth = stage.etcd.size() - 1;
-                    stage.etcd.remove(fourth);
+                    if (is_long()) stage.etcd.add(stage.etcd.size() - 1);
+                    Stage::pass(2s, 0s);
+                    stage.etcd.remove(stage.in_use);
                     Stage::pass(3s, 2s);
-                    if (!is_long()) return;
-                    stage.etcd.add(fourth);
-                    Stage::pass(3s, 0s);
-                    stage.etcd.remove(fourth);
                   }};
   change.prepare = [](Stage& stage) {  // the fourth is the one in use when it is removed
     stage.in_use = stage.etcd.reserve();
+    const std::size_t fifth = stage.etcd.reserve();
     stage.etcd.add(stage.in_use);
     stage.endpoints.insert(stage.endpoints.begin(), stage.etcd.endpoint(stage.in_use));
+    stage.endpoints.push_back(stage.etcd.endpoint(fifth));
   };
-  change.clean_up = [](Stage& stage) { stage.etcd.forget(); };
+  change.clean_up = [](Stage& stage) {
+    if (is_long()) stage.etcd.remove(stage.etcd.size() - 1);
+    stage.etcd.forget();
+    stage.etcd.forget();
+  };
   run(gently(change));
 }
 
@@ -365,16 +371,16 @@ TEST_CASE("two of three away") {
 }
 
 TEST_CASE("rolling restart") {
-  run({"rolling restart", InUse::Either, [](Stage& stage) {
-         for (std::size_t k = 0; k < (is_long() ? 3U : 2U); ++k) {
-           const std::size_t i = (stage.in_use + k) % 3;
-           stage.etcd.terminate(i);
-           Stage::pass(1s, 300ms);
-           stage.etcd.restart(i);
-           stage.etcd.wait_healthy();
-           Stage::pass(1s, 300ms);
-         }
-       }});
+  run(with_hanging_writes({"rolling restart", InUse::Either, [](Stage& stage) {
+                             for (std::size_t k = 0; k < (is_long() ? 3U : 1U); ++k) {
+                               const std::size_t i = (stage.in_use + k) % 3;
+                               stage.etcd.terminate(i);
+                               Stage::pass(1s, 300ms);
+                               stage.etcd.restart(i);
+                               stage.etcd.wait_healthy();
+                               Stage::pass(1s, 300ms);
+                             }
+                           }}));
 }
 
 TEST_CASE("a foreign cluster among the endpoints") {
@@ -384,6 +390,7 @@ TEST_CASE("a foreign cluster among the endpoints") {
                       Stage::pass(5s, 3s);
                       stage.etcd.restart(stage.in_use);
                     }};
+  scenario.misleads = true;
   scenario.prepare = [&](Stage& stage) {
     stage.endpoints.insert(stage.endpoints.begin() + 1, foreign.endpoint());
   };

@@ -157,7 +157,7 @@ class EtcdCluster {
     members_.push_back(std::move(member));
     return members_.size() - 1;
   }
-  /// Adds the last member to the cluster, with empty data.
+  /// Adds one of them to the cluster, with empty data.
   void add(std::size_t i, bool learner = false) {
     gateway::Json body{{"peerURLs", {members_.at(i)->peer_url()}}};
     if (learner) body["isLearner"] = true;
