@@ -89,11 +89,13 @@ TEST_CASE("watch: a thousand, of which all but one are given up, cost etcd littl
 
 TEST_CASE("watch: a proxy that does not pass `Connection: close` on") {
   const EtcdServer etcd;
+  std::atomic<int> dropped{0};
   TcpProxy proxy(etcd.port());
-  proxy.rewrite([](std::string& piece) {
+  proxy.rewrite([&](std::string& piece) {
     const std::string close = "Connection: close";
     for (auto at = piece.find(close); at != std::string::npos; at = piece.find(close, at)) {
       piece.replace(at, close.size(), "X-Hop-By-Hop: bye");
+      ++dropped;
     }
   });
   auto options = options_for(etcd);
@@ -111,6 +113,7 @@ TEST_CASE("watch: a proxy that does not pass `Connection: close` on") {
     watches.push_back(c.client().watch(request).value());
   }
   CHECK(wait_until([&] { return meter->confirmed() == all; }, lenient(10s)));
+  CHECK(dropped > 0);
   MESSAGE(all, " watches after ", stopwatch.seconds(), " s, ", meter->streams(), " streams");
   auto writer = connect(etcd);
   for (int i = 0; i < all; i += 50) {
