@@ -5229,12 +5229,12 @@ class Race : public std::enable_shared_from_this<Race> {
     auto verdict = client_->judge(theirs.response, member, ctx_);
     bool failed = !decided && !serves && verdict.member_failed;
     if (failed) client_->member_failed(member, verdict.error);
-    std::unique_lock<std::mutex> lock(gate_.mutex);
+    if (record(std::move(theirs)) && !decided) client_->members->prefer(member);
+    std::lock_guard<std::mutex> lock(gate_.mutex);
     --beside_;
     auto& runner = runners_[index];
     runner.failure = reason_of(verdict.error, steady_clock::now() - runner.began);
-    lock.unlock();
-    if (record(std::move(theirs)) && !decided) client_->members->prefer(member);
+    gate_.changed.notify_all();
   }
 
   /// Keeps it if it is the first answer. True: there is one.
@@ -5249,14 +5249,15 @@ class Race : public std::enable_shared_from_this<Race> {
     return true;
   }
 
-  /// An answer of etcd's that another member would give, too.
+  /// An answer of our cluster that another member would give, too.
   bool decides(const Answer& answer) const {
-    auto& response = answer.response;
+    auto& [member, response] = answer;
     if (!response) return false;
     wire::Nothing nothing;
-    if (response->status == 200) return wire::decode_reply(response->body, nothing).has_value();
-    return judge_status(*response, client_->members->url(answer.member)).next ==
-           Verdict::Next::Stop;
+    auto cluster = wire::decode_reply(response->body, nothing);
+    if (response->status == 200) return cluster && client_->belongs(member, *cluster);
+    auto verdict = judge_status(*response, client_->members->url(member));
+    return verdict.next == Verdict::Next::Stop && !client_->members->is_stranger(member);
   }
 
   bool is_alone() {
@@ -5360,9 +5361,9 @@ struct Attempts {
   void conclude(const Result<HttpResponse>& response, std::size_t member, SteadyTime sent,
                 std::uint64_t generation) {
     auto waited = steady_clock::now() - sent;
-    reasons[member] = reason_of(verdict.error, waited);
-    // A short deadline says nothing about the member.
+    // A short deadline says nothing about the member, nor what it said before.
     bool hasty = bounded.done() && waited < milliseconds(1000);
+    if (!hasty || reasons.count(member) == 0) reasons[member] = reason_of(verdict.error, waited);
     if (verdict.member_failed && !hasty) client.member_failed(member, verdict.error);
     if (response && !verdict.member_failed) client.members->succeeded(member);
     if (verdict.next == Verdict::Next::Login) client.token_died(generation);
@@ -5394,8 +5395,8 @@ struct Attempts {
   /// No pause is long beside the time that is left; false: it would take it all.
   bool pause_for(milliseconds time) const {
     auto left = *bounded.deadline() - steady_clock::now();
-    auto share = (std::max)(std::chrono::duration_cast<milliseconds>(left) / 4, milliseconds(20));
-    return left > share && pause(bounded, (std::min)(time, share));
+    auto share = (std::max)(std::chrono::duration_cast<milliseconds>(left) / 4, milliseconds(50));
+    return left > 2 * share && pause(bounded, (std::min)(time, share));
   }
 
   Error finished() const {
