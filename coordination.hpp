@@ -5631,7 +5631,7 @@ COORDINATION_API Timer::Id ClientState::suspect_later(std::size_t member, const 
 
 COORDINATION_API void ClientState::suspect(std::size_t member) {
   suspect_streams(member);
-  if (!members->begin_look(member)) return;
+  if (members->size() == 1 || !members->begin_look(member)) return;
   executor->run(executor->asides, [weak = weak_from_this(), member] {
     if (auto self = weak.lock()) self->look_at(member);
   });
