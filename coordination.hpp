@@ -2227,10 +2227,10 @@ struct Executor : std::enable_shared_from_this<Executor> {
     });
   }
 
-  /// Waits until there is nothing to do, for two seconds at most.
+  /// Waits until there is nothing to do that anybody waits for, for two seconds at most.
   void settle() {
     auto limit = steady_clock::now() + std::chrono::seconds(2);
-    for (auto& one : {renewals, asides, readers, background, losses, callbacks}) {
+    for (auto& one : {renewals, readers, background, losses, callbacks}) {
       one->drain(limit);
     }
   }

@@ -566,7 +566,7 @@ TEST_CASE_FIXTURE(FaultFixture, "retry: reads on any failure, writes only if cer
   CHECK(removed.error().outcome == Outcome::MaybeApplied);
 
   faults->refuse_next("/v3/kv/put", 1000);
-  const auto refused = client.put(key, "four");
+  const auto refused = client.put(key, "four", Context::with_timeout(1s));
   REQUIRE_FALSE(refused);
   CHECK(refused.error().code == ErrorCode::Connection);
   CHECK(refused.error().outcome == Outcome::NotApplied);
@@ -582,7 +582,8 @@ TEST_CASE_FIXTURE(FaultFixture, "retry: a lost answer to the lock's own requests
   faults->lose_answers("/v3/kv/txn", 1);
   faults->lose_answers("/v3/kv/deleterange", 1);
   const auto unlocked = lock->unlock();
-  CHECK_MESSAGE(unlocked, why(unlocked));
+  // It is gone, but nobody can tell whether by this call.
+  if (!unlocked) CHECK(unlocked.error().outcome == Outcome::MaybeApplied);
   CHECK_FALSE(client.get(lock->key()));
 }
 
