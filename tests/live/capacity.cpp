@@ -8,7 +8,7 @@ using namespace coordination;
 using namespace support;
 
 TEST_CASE(
-    "capacity: 500 locks and 500 registrations on at most 8 threads, over three TTLs [slow]") {
+    "capacity: 500 locks and 500 registrations on at most 12 threads, over three TTLs [slow]") {
   constexpr auto kTtl = 3s;
   const int many = scaled(500);
   auto options = options_for(shared_etcd());
@@ -36,7 +36,7 @@ TEST_CASE(
       30s);
   MESSAGE(most_threads, " threads, ", most_connections, " connections, ",
           counting->requests("/v3/lease/keepalive"), " renewals sent");
-  CHECK(most_threads <= 8 + (sanitized() ? 1 : 0));
+  CHECK(most_threads <= 12 + (sanitized() ? 1 : 0));
   CHECK(most_connections <= 16);
   CHECK(lost == 0);
   for (auto& lock : locks) CHECK(lock.held());
