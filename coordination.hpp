@@ -6725,6 +6725,8 @@ struct HubStream {
   milliseconds silence() const {
     return std::chrono::duration_cast<milliseconds>(clock->now() - heard.load());
   }
+  /// When etcd was last heard of here.
+  SteadyTime last_heard() const { return answered ? heard.load() : SteadyTime{}; }
 };
 
 using HubStreamPtr = std::shared_ptr<HubStream>;
@@ -6769,7 +6771,11 @@ class StreamPolicy {
     }
     auto steady = (std::max)(kMaxStreams - 1, stuck + 1);
     auto fits = [&] { return streams.size() - victims.size() + 1 <= steady; };
-    if (streams.size() + ending >= (std::min)(steady + 1, kUtmostStreams)) return std::nullopt;
+    // One may be above, while others are merged into it; where none is under way, always one more.
+    auto busy = [](const Stream& stream) { return stream.kind == Kind::Busy; };
+    bool waits = ending > 0 || std::any_of(streams.begin(), streams.end(), busy);
+    auto most = (std::min)(waits ? steady + 1 : kUtmostStreams, kUtmostStreams);
+    if (streams.size() + ending >= most) return std::nullopt;
     if (waiting == 0) candidates.clear();
     std::sort(candidates.begin(), candidates.end(),
               [&](auto a, auto b) { return streams[a].living < streams[b].living; });
@@ -6979,8 +6985,7 @@ COORDINATION_API SteadyTime WatchHub::last_heard(std::int64_t id) {
   if (it == watches_.end()) return {};
   auto last = it->second->heard;
   for (auto& stream : streams_) {
-    bool counts = stream->answered && stream->watches.count(id) > 0;
-    if (counts) last = (std::max)(last, stream->heard.load());
+    if (stream->watches.count(id) > 0) last = (std::max)(last, stream->last_heard());
   }
   return last;
 }
@@ -7375,7 +7380,7 @@ COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
   for (auto& victim : std::exchange(stream->victims, {})) victim->swallowed = false;
   for (auto& entry : std::exchange(stream->watches, {})) {
     auto& watch = entry.second;
-    watch->heard = (std::max)(watch->heard, stream->heard.load());
+    watch->heard = (std::max)(watch->heard, stream->last_heard());
     if (--watch->streams == 0 && watch->state == State::Open) wait_again(watch);
   }
   cancel(stream);
@@ -7391,7 +7396,7 @@ COORDINATION_API void WatchHub::leave_stream(const HubStreamPtr& stream, const H
                                              bool served) {
   if (stream->watches.erase(watch->id) == 0) return;
   --watch->streams;
-  watch->heard = (std::max)(watch->heard, stream->heard.load());
+  watch->heard = (std::max)(watch->heard, stream->last_heard());
   if (served) ++stream->dead;
   if (stream->watches.empty()) return detach(stream);
   if (stream->open && stream->dead >= stream->watches.size()) schedule(next_opening());

@@ -54,6 +54,8 @@ TEST_CASE("streams: never more than five, but for those that must stay") {
   CHECK(next({large, large, large}, 1) == Victims{});
   CHECK_FALSE(next({large, large, large, large}, 1)->empty());
   CHECK_FALSE(next({large, large, large, large, busy}, 1));
+  // Where nothing is under way that would make room, one more makes it.
+  CHECK(next({large, large, large, large, large}, 1)->size() >= 2);
   CHECK_FALSE(next({large, large, large, large}, 1, 1));  // until one has ended
   CHECK_FALSE(next({busy, busy, busy, busy}, 1));
   CHECK(next({stuck, stuck, stuck, stuck}, 1) == Victims{});
