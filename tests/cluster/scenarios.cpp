@@ -343,10 +343,14 @@ TEST_CASE("answers to the client vanish") {
 }
 
 TEST_CASE("the watch stream alone in a black hole") {
-  run(gently({"watch stream a black hole", InUse::Either, [](Stage& stage) {
-                stage.etcd.black_hole(stage.in_use, EtcdCluster::Way::Both, "watch");
-                Stage::pass(12s, 9s);
-              }}));
+  // Its member answers all else, and a stream may be silent: nothing tells the two apart but TCP's
+  // keep-alive, which the proxy answers. Events are late as long as it lasts, and none is lost.
+  Scenario swallowed{"watch stream a black hole", InUse::Either, [](Stage& stage) {
+                       stage.etcd.black_hole(stage.in_use, EtcdCluster::Way::Both, "watch");
+                       Stage::pass(12s, 9s);
+                     }};
+  swallowed.watch = swallowed.idle_watch = is_long() ? 14 : 11;
+  run(gently(swallowed));
 }
 
 TEST_CASE("every link slow") {
