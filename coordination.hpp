@@ -437,9 +437,11 @@ std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls = {},
 
 /// How often and how fast a failed request is repeated, where that is safe: reads on any failure,
 /// writes only if they were certainly not applied. The next member is tried at once; after each
-/// round over all members there is a delay, with jitter.
+/// round over all members there is a delay, with jitter. Where no member could be reached, or none
+/// has a leader, the rounds go on until the call's time is over, so that a restart of etcd is no
+/// error; only 1 or 0 attempts forbid that.
 struct RetryConfig {
-  int max_attempts{3};  // rounds over all members; at least one is always made
+  int max_attempts{3};  // rounds in which a member has failed that was there; at least one is made
   milliseconds initial_delay{100};
   milliseconds max_delay{2000};
   double multiplier{2.0};  // of the delay, after each round
@@ -614,7 +616,13 @@ const std::shared_ptr<ClientState>& stand_in(ClientState*);
 }  // namespace detail
 
 /// etcd in its own vocabulary: bytes in, bytes out, keys as they are (no prefix is added).
-/// It goes on to the next member when one fails, logs in, and repeats what is safe to repeat.
+///
+/// It goes on to the next member when one fails, logs in, and repeats what is safe to repeat. Slow
+/// is not dead: a read that is late (after a second or so) is asked for at a second member beside
+/// the first, and the first answer counts; a write is never sent twice. A write for a member that
+/// was not heard of for two seconds is preceded by a read, so that it is not given to a dead one;
+/// where a member is silent while others answer, its calls end before their time: Unavailable.
+/// The first cluster that answers is the one: an endpoint of another is never used.
 class Client {
  public:
   /// Errors: NotFound if there is no such key.
@@ -5328,7 +5336,7 @@ struct Attempts {
     auto member = client.members->choose();
     if (call.safety != Safety::Read && !client.members->is_fresh(member)) {
       auto proven = client.prove(call.what, bounded);
-      if (!proven) return fail({proven.error(), Verdict::Next::Stop});
+      if (!proven) return fail({unproven(proven.error()), Verdict::Next::Stop});
       member = client.members->choose();
     }
     auto sent = steady_clock::now();
@@ -5352,6 +5360,10 @@ struct Attempts {
     return verdict.error;
   }
 
+  Error unproven(Error error) const {
+    if (error.code == ErrorCode::Timeout) error.message = not_done();
+    return error;
+  }
   Error fail(Verdict why) {
     verdict = std::move(why);
     return verdict.error;
@@ -5404,20 +5416,21 @@ struct Attempts {
     bool over = error.code == ErrorCode::Timeout || error.code == ErrorCode::Cancelled;
     bool stopped = verdict.next == Verdict::Next::Stop || verdict.next == Verdict::Next::Login;
     bool cut = cancelled() || (bounded.done() && (over || !verdict.passing));
-    if (!stopped && cut) {
-      return ended(call.what + " was not done in " + in_words(steady_clock::now() - begun));
-    }
+    if (!stopped && cut) return ended(not_done());
     error.outcome = outcome();
-    auto size = client.members->size();
-    bool one = size == 1 && error.code != ErrorCode::Connection;
-    if (stopped || one) return error;
-    bool sent = error.code != ErrorCode::Connection || maybe;
-    auto none = size == 1 ? std::string("etcd") : "none of " + std::to_string(size) + " members";
-    error.message = size == 1 && !sent ? "etcd could not be reached"
-                    : sent             ? none + " has served " + call.what
-                                       : none + " could be reached";
+    bool one = client.members->size() == 1;
+    bool unreached = error.code == ErrorCode::Connection && !maybe;
+    if (stopped || (one && error.code != ErrorCode::Connection)) return error;
+    auto none = "none of " + std::to_string(client.members->size()) + " members ";
+    if (unreached) error.message = one ? "etcd could not be reached" : none + "could be reached";
+    if (!unreached) {
+      error.message = (one ? "etcd has not answered " : none + "has answered ") + call.what;
+    }
     error.cause = all_reasons();
     return error;
+  }
+  std::string not_done() const {
+    return call.what + " was not done in " + in_words(steady_clock::now() - begun);
   }
   std::string all_reasons() const {
     std::string text;
