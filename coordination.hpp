@@ -5654,7 +5654,11 @@ COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit)
   auto context = join_contexts({&open}, steady_clock::now() + limit);
   auto http = request(member, knock_call(*this, {}), present_login().token, context);
   auto response = perform(http, nullptr, context);
-  return response && (response->status / 100 == 2 || response->status / 100 == 4);
+  if (!response) return false;
+  wire::Nothing nothing;
+  auto cluster = wire::decode_reply(response->body, nothing);
+  if (cluster && !belongs(member, *cluster)) return false;
+  return response->status / 100 == 2 || response->status / 100 == 4;
 }
 
 // One login at a time, in a thread of its own; who needs it waits for its result, also for a

@@ -857,6 +857,18 @@ TEST_CASE("members: a write is never sent twice, and ends when its member is fou
   CHECK(setup.etcd->seen(kPut).back().request.endpoint == "http://two:2379");
 }
 
+TEST_CASE("members: that another cluster answers is no sign that ours is dead") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.etcd->always(kRange, ok(reply_of(7, 1)));
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", late(3500ms, ok(reply_of(7, 9))));
+  setup.etcd->endpoint("http://two:2379", ok(reply_of(8, 99)));
+  const auto put = client.put("a", "b", Context::with_timeout(lenient(9s)));
+  REQUIRE_MESSAGE(put, text_of(put));
+  CHECK(put->revision == 9);
+}
+
 TEST_CASE("members: a write waits where its member answers something else") {
   Setup setup;
   setup.options.endpoints = {"one:2379", "two:2379"};
