@@ -913,13 +913,13 @@ TEST_CASE("semaphore: a release wakes those who can be next, and nobody else") {
 }
 
 TEST_CASE("shared: who comes does not read those who are there") {
+  std::atomic<int> read{0};
   Setup s;
   for (int i = 0; i < 100; ++i) {
     s.c.client().put("/locks/a/" + hex(0x1000 + i), "shared " + std::string(1000, 'x')).value();
   }
   const auto reader = s.d.lock().acquire_shared("a", 9s);
   REQUIRE_MESSAGE(reader, text_of(reader));
-  std::atomic<int> read{0};
   s.tap->before([&](const HttpRequest& request) {
     if (request.path == kTxn && request.body.find("\"limit\"") == std::string::npos) ++read;
   });
