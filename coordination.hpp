@@ -1850,6 +1850,14 @@ COORDINATION_API bool pause(const Context& ctx, milliseconds time) {
   return !ctx.done();
 }
 
+/// "0.25 s", "1.5 s", "12 s".
+COORDINATION_API std::string seconds_words(std::chrono::nanoseconds time) {
+  std::array<char, 32> text{};
+  auto seconds = std::chrono::duration<double>(time).count();
+  std::snprintf(text.data(), text.size(), seconds < 10 ? "%.2g s" : "%.0f s", seconds);
+  return text.data();
+}
+
 /// Raises `to` to `value`, unless it is as high already.
 COORDINATION_API void raise_to(std::atomic<std::int64_t>& to, std::int64_t value) {
   auto before = to.load();
@@ -3650,12 +3658,6 @@ COORDINATION_API std::string system_words(int error) {
   return std::system_category().message(error);
 }
 
-COORDINATION_API std::string seconds_words(std::chrono::nanoseconds time) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.2g s", std::chrono::duration<double>(time).count());
-  return text;
-}
-
 /// For poll(): rounded up, an hour at most.
 COORDINATION_API int poll_time(SteadyTime until) {
   auto left = std::chrono::ceil<milliseconds>(until - steady_clock::now());
@@ -4551,7 +4553,8 @@ class HttplibTransport : public Transport {
     }
     bool refused = state.response.status >= 400 && !state.response.body.empty();
     if (refused && !ctx.done()) return std::move(state.response);
-    auto cause = stream.cause().empty() ? "the answer is no HTTP" : stream.cause();
+    auto cause = stream.cause();
+    if (cause.empty()) cause = ctx.done() ? "the answer came too late" : "the answer is no HTTP";
     // So a server that expects TLS turns http away; but so ends any server, too.
     bool no_word = cause == "the connection was closed before an answer came";
     if (no_word && is_stranger(request.endpoint)) cause += ": is it an https port?";
@@ -5133,17 +5136,10 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   bool told_auth_is_off_{false};
 };
 
-/// "1.5 s", "80 ms".
-COORDINATION_API std::string in_words(steady_clock::duration time) {
-  auto ms = std::chrono::duration_cast<milliseconds>(time).count();
-  if (ms < 1000) return std::to_string(ms) + " ms";
-  return std::to_string(ms / 1000) + "." + std::to_string(ms / 100 % 10) + " s";
-}
-
 /// What became of an attempt, for an error that names the member: "connection refused".
 COORDINATION_API std::string reason_of(const Error& error, steady_clock::duration waited) {
   bool silent = error.code == ErrorCode::Timeout || error.code == ErrorCode::Cancelled;
-  if (silent) return "no answer in " + in_words(waited);
+  if (silent) return "no answer in " + seconds_words(waited);
   return error.cause.empty() ? error.message : error.cause;
 }
 
@@ -5188,7 +5184,7 @@ class Race : public std::enable_shared_from_this<Race> {
     std::lock_guard<std::mutex> lock(gate_.mutex);
     for (std::size_t i = 1; i < runners_.size(); ++i) {
       auto& runner = runners_[i];
-      auto silent = "no answer in " + in_words(now - runner.began);
+      auto silent = "no answer in " + seconds_words(now - runner.began);
       reasons[runner.member] = runner.failure.empty() ? silent : runner.failure;
     }
   }
@@ -5430,7 +5426,7 @@ struct Attempts {
     return error;
   }
   std::string not_done() const {
-    return call.what + " was not done in " + in_words(steady_clock::now() - begun);
+    return call.what + " was not done in " + seconds_words(steady_clock::now() - begun);
   }
   std::string all_reasons() const {
     std::string text;

@@ -1065,8 +1065,8 @@ TEST_CASE("time: a timeout says for what, and how long was waited") {
   const auto range = client.range({"some/key"}, Context::with_timeout(120ms));
   check_error(range, ErrorCode::Timeout, Outcome::NotApplied);
   INFO(text_of(range));
-  CHECK(range.error().message.find("the read of some/key was not done in 1") == 0);
-  CHECK(range.error().cause.find("one:2379: no answer in 1") == 0);
+  CHECK(range.error().message.find("the read of some/key was not done in 0.1") == 0);
+  CHECK(range.error().cause.find("one:2379: no answer in 0.1") == 0);
 }
 
 TEST_CASE("time: a Context that is over sends nothing") {
