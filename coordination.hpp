@@ -5151,9 +5151,9 @@ COORDINATION_API milliseconds lateness(const Context& ctx) {
   return left < 2 * late ? left / 3 : late;
 }
 
-/// One attempt of a call and, where it is late and only reads, further ones beside it at other
-/// members. The first answer wins, and nothing is cancelled before there is one. It lives on in
-/// timers and threads when the call is over.
+/// One attempt of a call and, where it is late, further ones beside it at other members; but a
+/// write, that may be applied twice, is sent once. The first answer wins, and nothing is cancelled
+/// before there is one. It lives on in timers and threads when the call is over.
 class Race : public std::enable_shared_from_this<Race> {
  public:
   struct Answer {
@@ -5170,12 +5170,18 @@ class Race : public std::enable_shared_from_this<Race> {
   Answer run(std::size_t member) {
     runners_.push_back({member, steady_clock::now(), {}});
     Answer mine{member, attempt(member)};
-    if (!is_alone() && !record(mine)) {
+    if (was_repeated() && !record(mine)) {
       gate_.wait(caller_, [this] { return answer_ || beside_ == 0; });
     }
     ctx_.cancel();
     std::lock_guard<std::mutex> lock(gate_.mutex);
     return answer_ ? std::move(*answer_) : std::move(mine);
+  }
+
+  /// Whether it was sent to others, too.
+  bool was_repeated() {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    return runners_.size() > 1;
   }
 
   /// Of each other member that was asked: how it has failed.
@@ -5212,9 +5218,12 @@ class Race : public std::enable_shared_from_this<Race> {
   void is_late(std::size_t member) {
     if (ctx_.done()) return;
     client_->suspect(member);
-    if (call_.safety != Safety::Read || client_->members->size() == 1) return;
+    if (call_.safety == Safety::Write || client_->members->size() == 1) return;
+    // What a leader had when it went is never answered, though its member serves all else.
+    auto patience = call_.safety == Safety::Read ? milliseconds(0) : lateness_;
     auto& executor = *client_->executor;
-    executor.run(executor.asides, [self = shared_from_this()] { self->ask_beside(); });
+    executor.run_at(steady_clock::now() + patience, executor.asides,
+                    [self = shared_from_this()] { self->ask_beside(); });
   }
 
   void ask_beside() {
@@ -5264,10 +5273,6 @@ class Race : public std::enable_shared_from_this<Race> {
     return verdict.next == Verdict::Next::Stop && !client_->members->is_stranger(member);
   }
 
-  bool is_alone() {
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    return runners_.size() == 1;
-  }
   std::vector<std::size_t> asked() const {
     std::vector<std::size_t> members;
     for (auto& runner : runners_) members.push_back(runner.member);
@@ -5293,6 +5298,8 @@ struct Attempts {
   const Context& ctx;  // the caller's
   const ClientState::Accept& accept;
   bool with_token;
+
+  static constexpr milliseconds kWhatPasses{400};  // an election, a restart: asked for so often
 
   const SteadyTime begun{steady_clock::now()};
   const Context bounded;  // ends with the caller's, with the Coordinator, and in time
@@ -5339,6 +5346,7 @@ struct Attempts {
     auto self = client.shared_from_this();
     auto race = std::make_shared<Race>(std::move(self), call, login->token, bounded);
     auto [asked, response] = race->run(member);
+    if (call.safety != Safety::Read && race->was_repeated()) maybe = true;
     auto taken = response && response->status == 200 ? accept(response->body) : std::nullopt;
     if (taken && client.belongs(asked, *taken)) {
       client.members->succeeded(asked);
@@ -5395,9 +5403,11 @@ struct Attempts {
     auto most = client.options.retry_config.max_attempts;
     if (counts || most <= 1) ++rounds;
     tried = 0;
-    counts = false;
     auto least = milliseconds(++all_rounds < most ? 0 : 50);
-    return rounds < (std::max)(1, most) && pause_for((std::max)(backoff.next(), least));
+    auto time = (std::max)(backoff.next(), least);
+    if (!counts) time = (std::min)(time, kWhatPasses);
+    counts = false;
+    return rounds < (std::max)(1, most) && pause_for(time);
   }
 
   /// No pause is long beside the time that is left; false: it would take it all.

@@ -880,6 +880,26 @@ TEST_CASE("members: a write waits where its member answers something else") {
   CHECK(setup.etcd->count(kPut) == 1);
 }
 
+TEST_CASE("members: what may be done twice is sent again where its answer stays out") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379", "three:2379"};
+  auto& client = setup.client();
+  setup.etcd->next(kTxn, silence());  // a leader that has gone had it; reads are served
+  setup.etcd->always(kTxn, ok(reply(9, R"("succeeded":true)")));
+  const Stopwatch watch;
+  auto config = setup.coordinator->config();
+  const auto set = config.compare_and_set("a", 7, 1, Context::with_timeout(lenient(6s)));
+  REQUIRE_MESSAGE(set, text_of(set));
+  CHECK(watch.elapsed() < lenient(4s));
+  CHECK(setup.etcd->count(kTxn) == 2);
+  setup.etcd->clear();
+  setup.etcd->next(kTxn, late(4s, ok(reply(10))));
+  Txn txn;  // a user's: nobody knows whether it may
+  txn.then(Op::put("a", "b"));
+  CHECK(client.commit(txn, Context::with_timeout(lenient(8s))));
+  CHECK(setup.etcd->count(kTxn) == 1);
+}
+
 TEST_CASE("members: one that was silent proves itself before it is given a write") {
   Setup setup;
   setup.options.endpoints = {"one:2379", "two:2379"};
