@@ -2226,7 +2226,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
   std::shared_ptr<Lane> callbacks{lane(kCallbackThreads)};  // user code only
   std::shared_ptr<Lane> losses{lane(kCallbackThreads)};     // on_lost
   std::shared_ptr<Lane> renewals{lane(3)};                  // nothing but lease renewals
-  std::shared_ptr<Lane> asides{lane(3)};                    // second attempts, and looks
+  std::shared_ptr<Lane> asides{lane(3)};                    // second attempts
   std::shared_ptr<Lane> logins{lane(1)};
   std::shared_ptr<Lane> background{lane(1)};  // tasks that are soon over
   std::shared_ptr<Lane> readers{lane(2)};     // reading again what was missed
@@ -4986,6 +4986,9 @@ class Members {
 class LeaseKeeper;
 class WatchHub;
 
+/// Of a member: a request was answered; one is late, or has failed; it does not answer.
+enum class Sign { Serves, Doubt, Silence };
+
 /// A unary request.
 struct Call {
   const char* path;
@@ -5096,7 +5099,9 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   Verdict foreign(std::size_t member) const;
   /// A request to this member is late, or has failed: is it dead?
   void suspect(std::size_t member);
-  void suspect_streams(std::size_t member);  // of section 7
+  /// Whether it serves, as one of a quorum; if not, its streams end, and more where it is dead.
+  void look(std::size_t member, milliseconds patience);
+  bool tell_streams(std::size_t member, Sign sign);  // of section 7; false: there are none
   /// When a request that ends with `ctx` is late.
   Timer::Id suspect_later(std::size_t member, const Context& ctx);
   /// Before a write for a member that was not heard of lately: who answers now is used.
@@ -5122,7 +5127,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
                       const Context& ctx) const;
 
  private:
-  void look_at(std::size_t member);
+  void look_at(std::size_t member, milliseconds patience);
   void authenticate();
   Result<Login> fetch_token(const Context& ctx);
 
@@ -5589,7 +5594,7 @@ COORDINATION_API Verdict ClientState::refused(StreamPlace& place, const wire::Et
 }
 
 COORDINATION_API void ClientState::member_failed(std::size_t member, const Error& error) {
-  suspect_streams(member);
+  tell_streams(member, Sign::Doubt);
   if (!members->failed(member)) return;
   (*log)(LogLevel::Warn, "a member has failed",
          {{"endpoint", members->url(member)}, {"cause", to_string(error)}});
@@ -5629,19 +5634,6 @@ COORDINATION_API bool ClientState::identify(std::size_t member, const std::strin
   return belongs(member, cluster.value_or(0));  // who refuses this one key does not tell
 }
 
-/// Slow is not dead: a member is, if it is silent while another one answers.
-COORDINATION_API void ClientState::look_at(std::size_t member) {
-  bool dead = false;
-  bool silent = !probe(member, milliseconds(1000));
-  for (std::size_t i = 0; i < members->size() && silent && !dead; ++i) {
-    dead = i != member && probe(i, milliseconds(1000));
-  }
-  members->end_look(member);
-  if (!dead || open.cancelled()) return;
-  member_failed(member, silent_member(Outcome::NotApplied));
-  members->bury(member);
-}
-
 COORDINATION_API Timer::Id ClientState::suspect_later(std::size_t member, const Context& ctx) {
   return executor->timer.after(lateness(ctx), [weak = weak_from_this(), member] {
     if (auto self = weak.lock()) self->suspect(member);
@@ -5649,11 +5641,30 @@ COORDINATION_API Timer::Id ClientState::suspect_later(std::size_t member, const 
 }
 
 COORDINATION_API void ClientState::suspect(std::size_t member) {
-  suspect_streams(member);
-  if (members->size() == 1 || !members->begin_look(member)) return;
-  executor->run(executor->asides, [weak = weak_from_this(), member] {
-    if (auto self = weak.lock()) self->look_at(member);
+  bool has_streams = tell_streams(member, Sign::Doubt);
+  if (has_streams || members->size() > 1) look(member, milliseconds(1000));
+}
+
+COORDINATION_API void ClientState::look(std::size_t member, milliseconds patience) {
+  if (!members->begin_look(member)) return;
+  executor->run(executor->streams, [weak = weak_from_this(), member, patience] {
+    if (auto self = weak.lock()) self->look_at(member, patience);
   });
+}
+
+/// Slow is not dead: a member is, if it is silent while another one answers. Where none does, its
+/// streams have more patience than that, and its calls all the time that they were given.
+COORDINATION_API void ClientState::look_at(std::size_t member, milliseconds patience) {
+  bool serves = probe(member, patience), dead = false;
+  for (std::size_t i = 0; i < members->size() && !serves && !dead; ++i) {
+    dead = i != member && probe(i, milliseconds(1000));
+  }
+  if (!serves && !dead) serves = probe(member, milliseconds(5000));
+  members->end_look(member);
+  if (open.cancelled()) return;
+  if (!serves) member_failed(member, silent_member(Outcome::NotApplied));
+  if (dead) return members->bury(member);
+  tell_streams(member, serves ? Sign::Serves : Sign::Silence);
 }
 
 COORDINATION_API bool ClientState::probe(std::size_t member, milliseconds limit) {
@@ -6705,7 +6716,6 @@ struct HubWatch {
   // The hub's mutex guards these:
   State state{State::Waiting};
   int streams{0};              // that carry it
-  bool overlap{false};         // see create_body
   bool confirmed{false};       // etcd has created it, once at least
   bool stays{false};           // etcd has refused to create it again
   int refusals{0};             // in a row
@@ -6728,13 +6738,11 @@ struct HubStream {
   std::vector<std::shared_ptr<HubStream>> victims;  // that it swallows when it stands
   bool swallowed{false};                            // it is one of them
   bool answered{false}, open{false};                // the first, all are confirmed
-  std::atomic<bool> returns{
-      false};        // it carries watches that no other stream carried when it began
-  bool lost{false};  // its member does not answer: to be replaced, while it is suspect
-  KeyValue known;    // when it began, and the revision of then: see history_is_known
+  std::atomic<bool> returns{false};  // it began with watches that no other stream carried
+  KeyValue known;                    // when it began, and the revision of then: see is_known
   std::int64_t seen{0};
   std::size_t dead{0};  // watches that have left, and that etcd goes on to serve
-  int looks{0};         // see history_is_there
+  int looks{0};         // see is_there
   std::atomic<bool> over{false}, suspect{false};
   std::map<std::int64_t, std::vector<WatchEvent>> fragments;  // by watch; its own thread's
   const SteadyTime begun{clock->now()};
@@ -6750,6 +6758,23 @@ struct HubStream {
   }
   /// When etcd was last heard of here.
   SteadyTime last_heard() const { return answered ? heard.load() : SteadyTime{}; }
+
+  /// The events of a line, after what an earlier one has left over. Where the line goes on, its
+  /// last revision is held back: it may not be whole.
+  std::vector<WatchEvent> whole_events(wire::WatchLine& line) {
+    if (!line.fragment && fragments.empty()) return std::move(line.events);
+    auto node = fragments.extract(line.id);
+    auto events = node ? std::move(node.mapped()) : std::vector<WatchEvent>();
+    events.insert(events.end(), std::make_move_iterator(line.events.begin()),
+                  std::make_move_iterator(line.events.end()));
+    if (!line.fragment || events.empty()) return events;
+    auto last = std::find_if(events.begin(), events.end(), [&](const WatchEvent& event) {
+      return event.revision == events.back().revision;
+    });
+    fragments[line.id].assign(std::make_move_iterator(last), std::make_move_iterator(events.end()));
+    events.erase(last, events.end());
+    return events;
+  }
 };
 
 using HubStreamPtr = std::shared_ptr<HubStream>;
@@ -6765,9 +6790,8 @@ class StreamPolicy {
  public:
   enum class Kind {
     Movable,
-    Busy,   // being confirmed, or being swallowed
-    Stuck,  // etcd would not create all its watches again: they stay, and it keeps no other out
-    Lost    // to be replaced
+    Busy,  // being confirmed, or being swallowed
+    Stuck  // etcd would not create all its watches again: they stay, and it keeps no other out
   };
   struct Stream {
     std::size_t living{0}, dead{0};
@@ -6784,13 +6808,10 @@ class StreamPolicy {
       auto& stream = streams[i];
       total += stream.living;
       if (stream.kind == Kind::Stuck) ++stuck;
+      if (stream.kind != Kind::Movable) continue;
       bool wasteful = stream.dead > 0 && stream.dead >= stream.living;
-      if (stream.kind == Kind::Lost || (stream.kind == Kind::Movable && wasteful)) {
-        victims.push_back(i);
-        size += stream.living;
-      } else if (stream.kind == Kind::Movable) {
-        candidates.push_back(i);
-      }
+      (wasteful ? victims : candidates).push_back(i);
+      if (wasteful) size += stream.living;
     }
     auto steady = (std::max)(kMaxStreams - 1, stuck + 1);
     auto fits = [&] { return streams.size() - victims.size() + 1 <= steady; };
@@ -6819,8 +6840,8 @@ class StreamPolicy {
   /// ones are gathered, unless they have become many.
   SteadyTime next_opening(SteadyTime now, std::size_t watches, std::size_t waiting) const {
     if (opened_.size() < kBurst) return now;
-    auto gather = milliseconds(static_cast<std::int64_t>(watches / 8));
-    bool are_many = waiting * 3 >= watches;
+    auto gather = milliseconds((std::min)(static_cast<std::int64_t>(watches / 4), kMostGather));
+    bool are_many = waiting * 2 >= watches;
     auto when = are_many ? opened_.back() + kPace / 4 : opened_.front() + kPace + gather;
     return (std::max)(now, when);
   }
@@ -6832,6 +6853,7 @@ class StreamPolicy {
  private:
   static constexpr std::size_t kBurst = 4;   // new streams at once, and then so many
   static constexpr milliseconds kPace{200};  //   in this time
+  static constexpr std::int64_t kMostGather{1000};
 
   std::deque<SteadyTime> opened_;  // when the last kBurst streams were
 };
@@ -6848,21 +6870,139 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       : client_(client), executor_(client->executor) {}
 
   std::int64_t add(WatchRequest request, std::int64_t next_revision, bool anchored,
-                   std::weak_ptr<HubSink> sink);
-  void settle(std::int64_t id, const Context& ctx);
-  void remove(std::int64_t id);
+                   std::weak_ptr<HubSink> sink) {
+    auto watch = std::make_shared<HubWatch>();
+    watch->request = std::move(request);
+    watch->sink = std::move(sink);
+    watch->next_revision = next_revision;
+    watch->anchored = anchored;
+    if (anchored && next_revision - 1 < highest_) watch->born_below = highest_;
+    if (anchored) raise_to(highest_, next_revision - 1);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return 0;
+    watch->id = ++last_id_;
+    watch->born = breaks_;
+    watches_.emplace(watch->id, watch);
+    wait_again(watch);
+    schedule(next_opening());
+    return watch->id;
+  }
+
+  /// A moment for a new watch to stand: events that come before it does are served by etcd's timer
+  /// of 100 ms. Not where many are being made, and not for long.
+  void settle(std::int64_t id, const Context& ctx) {
+    auto hook = ctx.on_cancel([this] {
+      std::lock_guard<std::mutex> lock(mutex_);
+      settled_.notify_all();
+    });
+    std::unique_lock<std::mutex> lock(mutex_);
+    auto stands = [&] {
+      auto it = watches_.find(id);
+      bool waits = it != watches_.end() && !it->second->confirmed && it->second->refusals == 0;
+      return !waits || ctx.done();
+    };
+    if (next_opening() > steady_clock::now() || watches_.size() > kFew) return;
+    settled_.wait_for(lock, milliseconds(50), stands);
+  }
+
+  /// The same for all, before the clock is moved; for what does not end, once.
+  void settle() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    stuck_ = !settled_.wait_for(lock, stuck_ ? milliseconds(0) : kPatience, [this] {
+      bool opens = open_at_ && *open_at_ <= steady_clock::now();
+      auto stands = [](const HubStreamPtr& stream) { return stream->open; };
+      return closed_ || (!opens && std::all_of(streams_.begin(), streams_.end(), stands));
+    });
+  }
+
+  void remove(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = watches_.find(id);
+    if (it != watches_.end()) leave(it->second, State::Over);
+  }
+
   /// A parked watch goes on.
-  void resume(std::int64_t id);
-  bool connected(std::int64_t id);
+  void resume(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = watches_.find(id);
+    if (it == watches_.end() || it->second->state != State::Parked) return;
+    wait_again(it->second);
+    schedule(steady_clock::now());
+  }
+
+  bool connected(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::any_of(streams_.begin(), streams_.end(), [&](const HubStreamPtr& stream) {
+      return stream->open && !stream->suspect && stream->watches.count(id) > 0;
+    });
+  }
+
   /// When etcd was last heard of on a stream that carried this watch.
-  SteadyTime last_heard(std::int64_t id);
+  SteadyTime last_heard(std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = watches_.find(id);
+    if (it == watches_.end()) return {};
+    auto last = it->second->heard;
+    for (auto& stream : streams_) {
+      if (stream->watches.count(id) > 0) last = (std::max)(last, stream->last_heard());
+    }
+    return last;
+  }
+
   /// This is in the store; by it the store is known again.
-  void remember(const KeyValue& kv);
-  /// A call to this member has failed, or is late.
-  void suspect(std::size_t member);
-  /// When the clock has jumped.
-  void wake() { look_after_streams(); }
-  void close();
+  void remember(const KeyValue& kv) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (kv.mod_revision <= witness_.mod_revision) return;
+    witness_ = {kv.key, {}, kv.create_revision, kv.mod_revision, kv.version, kv.lease};
+  }
+
+  /// False: it has no streams.
+  bool hear_of(std::size_t member, Sign sign) {
+    bool any = false;
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& stream : streams_) {
+      if (stream->place.member != member) continue;
+      any = true;
+      if (sign == Sign::Serves) stream->hear();
+      if (sign == Sign::Doubt) stream->suspect = true;
+      bool silent = stream->suspect || stream->silence() >= kSilence;
+      if (sign == Sign::Silence && silent) cancel(*stream);
+    }
+    return any;
+  }
+  /// A stream may be silent because nothing happens, or because its member is frozen or cut off:
+  /// the member is asked. Says when to look again. Also for when the clock has jumped.
+  milliseconds look_after_streams() {
+    auto next = kSilence;
+    auto client = client_.lock();
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& stream : streams_) {
+      auto silence = stream->silence();
+      bool silent = silence >= kSilence;
+      if (silent && client) client->look(stream->place.member, kPatience);
+      if (!silent) next = (std::min)(next, kSilence - silence);
+    }
+    return (std::max)(next, milliseconds(100));
+  }
+
+  void close() {
+    std::map<std::int64_t, HubWatchPtr> watches;
+    std::vector<HubStreamPtr> streams;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closed_ = true;
+      watches.swap(watches_);
+      streams = streams_;
+      for (auto& entry : watches) entry.second->state = State::Over;
+      for (auto& stream : streams) detach(stream);
+      waiting_.clear();
+      settled_.notify_all();
+    }
+    for (auto& stream : streams) stream->ctx.cancel();
+    for (auto& entry : watches) {
+      if (auto sink = entry.second->sink.lock()) sink->failed(closed_error());
+    }
+  }
 
  private:
   using State = HubWatch::State;
@@ -6871,63 +7011,514 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static constexpr int kMostLooks = 7;
   static constexpr milliseconds kStands{1000};         // a stream that lives so long has stood
   static constexpr milliseconds kSilence{2500};        // then its member is asked,
-  static constexpr milliseconds kPatience{2300};       //   and left if it has not answered;
-  static constexpr milliseconds kProbe{6000};          //   but an answer that is late counts
+  static constexpr milliseconds kPatience{2000};       //   and has so long to answer
   static constexpr milliseconds kBetween{1000};        // two confirmations of a stream
   static constexpr milliseconds kConfirmation{10000};  // the first one
   static constexpr milliseconds kBudget{5000};         // for a read
   static constexpr std::size_t kFew = 100;             // watches that etcd creates in no time
   static constexpr int kMostRefusals = 6;
 
+  /// Does `task` on a stream thread, where it may block.
   template <class Fn>
-  void later(milliseconds delay, Fn task);
-  void schedule(SteadyTime when);
+  void later(milliseconds delay, Fn task) {
+    auto on_thread = [weak = weak_from_this(), task] {
+      auto self = weak.lock();
+      auto client = self ? self->client_.lock() : nullptr;
+      if (client) task(*self, *client);
+    };
+    executor_->run_at(steady_clock::now() + delay, executor_->streams, on_thread);
+  }
+
+  void supervise(milliseconds delay) {
+    executor_->timer.after(delay, [weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->supervise(self->look_after_streams());
+    });
+  }
+
+  // Opening streams. Under the mutex, but for run() and create_body().
+
   SteadyTime next_opening() const {
     return policy_.next_opening(steady_clock::now(), watches_.size(), waiting_.size());
   }
-  void open_next(SteadyTime when);
-  StreamPolicy::Stream numbers(const HubStream& stream) const;
+
+  void schedule(SteadyTime when) {
+    if (closed_ || (open_at_ && *open_at_ <= when)) return;
+    open_at_ = when;
+    executor_->timer.at(when, [weak = weak_from_this(), when] {
+      auto self = weak.lock();
+      auto client = self ? self->client_.lock() : nullptr;
+      if (!client) return;
+      std::lock_guard<std::mutex> lock(self->mutex_);
+      if (!self->closed_ && self->open_at_ == when) self->open_next(client->clock);
+    });
+  }
+
+  void open_next(const std::shared_ptr<Clock>& clock) {
+    open_at_.reset();
+    settled_.notify_all();
+    std::vector<StreamPolicy::Stream> all;
+    for (auto& stream : streams_) all.push_back(numbers(*stream));
+    auto victims = StreamPolicy::next(all, waiting_.size(), ending_);
+    if (!victims) return;  // comes again when a stream has ended
+    auto stream = make_stream(*victims, clock);
+    policy_.opened(steady_clock::now());
+    later(milliseconds(0), [stream](WatchHub& hub, ClientState& c) { hub.run(c, stream); });
+    later(kBetween,
+          [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); });
+    if (!std::exchange(supervised_, true)) supervise(kSilence);
+  }
+
   bool can_move(const HubWatch& watch) const {
     return !watch.stays && watch.next_revision >= compacted_;
   }
-  HubStreamPtr make_stream(const StreamPolicy::Victims& victims, std::shared_ptr<Clock> clock);
-  void run(ClientState& client, const HubStreamPtr& stream);
-  std::string create_body(const HubStreamPtr& stream);
-  bool on_line(ClientState& client, const HubStreamPtr& stream, std::string_view text, Error& end);
-  void on_created(ClientState& client, const HubStreamPtr& stream, const wire::WatchLine& line);
+
+  StreamPolicy::Stream numbers(const HubStream& stream) const {
+    using Kind = StreamPolicy::Kind;
+    auto moves = [this](const auto& entry) { return can_move(*entry.second); };
+    bool all_move = std::all_of(stream.watches.begin(), stream.watches.end(), moves);
+    bool busy = !stream.open || stream.swallowed;
+    auto kind = busy ? Kind::Busy : all_move ? Kind::Movable : Kind::Stuck;
+    return {stream.watches.size(), stream.dead, kind};
+  }
+
+  HubStreamPtr make_stream(const StreamPolicy::Victims& victims, std::shared_ptr<Clock> clock) {
+    auto stream = std::make_shared<HubStream>(std::move(clock));
+    auto join = [&](const HubWatchPtr& watch) {
+      if (!stream->watches.emplace(watch->id, watch).second) return;
+      stream->unconfirmed.push_back(watch);
+      if (watch->streams == 0 && watch->confirmed) stream->returns = true;
+      ++watch->streams;
+      watch->state = State::Open;
+    };
+    for (auto& watch : std::exchange(waiting_, {})) join(watch);
+    for (auto i : victims) {
+      streams_[i]->swallowed = true;
+      for (auto& entry : streams_[i]->watches) join(entry.second);
+      stream->victims.push_back(streams_[i]);
+    }
+    stream->known = witness_;
+    stream->seen = highest_;
+    streams_.push_back(stream);
+    return stream;
+  }
+
+  /// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there
+  /// all the same. Who comes back asks for one revision more than it needs, to be told.
+  std::string create_body(const HubStreamPtr& stream) {
+    std::vector<std::pair<HubWatchPtr, bool>> watches;  // and whether they come back
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (auto& watch : stream->unconfirmed) {
+        watches.emplace_back(watch, watch->confirmed && watch->streams == 1 && watch->anchored);
+      }
+    }
+    std::string body;
+    for (auto& [watch, returns] : watches) {
+      auto start = watch->next_revision.load();
+      if (returns && start > 1) --start;
+      body += wire::watch_body(watch->request, watch->id, start) + "\n";
+    }
+    return body;
+  }
+
+  void run(ClientState& client, const HubStreamPtr& stream) {
+    auto end = make_error(ErrorCode::Unavailable, "the stream has ended");
+    wire::Lines lines;
+    auto line = [&](std::string_view text) { return on_line(client, stream, text, end); };
+    auto sink = [&](std::string_view piece) {
+      stream->hear();
+      return lines.feed(piece, line);
+    };
+    auto done = client.stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
+    if (!done) end = done.error();
+    lines.finish(line);
+    bool in_vain = done && !stream->open && !stream->ctx.cancelled() && !stream->place.refused;
+    if (in_vain) client.member_failed(stream->place.member, end);
+    on_end(client, stream, end);
+  }
+
+  /// What a stream should have answered long ago may be held back by something in between; or it
+  /// has not passed all of the request on to etcd, or etcd has thrown a part of it away.
+  void check_confirmations(ClientState& client, const HubStreamPtr& stream) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (stream->over || stream->open) return;
+      bool stopped = stream->answered && stream->silence() >= kBetween;
+      if (!stopped && stream->clock->now() - stream->begun <= kConfirmation) {
+        return later(kLookAgain, [stream](WatchHub& hub, ClientState& c) {
+          hub.check_confirmations(c, stream);
+        });
+      }
+      for (auto& watch : std::exchange(stream->unconfirmed, {})) {
+        leave_stream(stream, watch, true);
+        if (watch->streams == 0 && watch->state == State::Open) wait_again(watch);
+      }
+      schedule(steady_clock::now() + backoff_.next());
+    }
+    if (stream->answered) client.pads_bodies = true;
+    if (stream->answered) return on_confirmed(stream);
+    auto error = make_error(ErrorCode::Unavailable, "it does not confirm watches");
+    client.member_failed(stream->place.member, error);
+  }
+
+  // Reading streams.
+
+  /// False: the stream is of no more use.
+  bool on_line(ClientState& client, const HubStreamPtr& stream, std::string_view text, Error& end) {
+    auto decoded = wire::decode_line<wire::WatchLine>(text);
+    if (auto* error = std::get_if<wire::EtcdError>(&decoded)) {
+      end = client.refused(stream->place, *error).error;
+      return false;
+    }
+    auto* line = std::get_if<wire::WatchLine>(&decoded);
+    if (!line) {
+      end = not_etcd(client.members->url(stream->place.member), text);
+      return false;  // half a line, or no etcd
+    }
+    if (line->created && !client.belongs(stream->place.member, line->cluster)) {
+      end = client.foreign(stream->place.member).error;
+      return false;
+    }
+    if (line->created) {
+      on_created(client, stream, *line);
+    } else if (line->canceled) {
+      on_canceled(client, stream, *line);
+    } else {
+      on_events(stream, *line);
+    }
+    raise_to(highest_, line->revision);
+    return true;
+  }
+
+  void on_created(ClientState& client, const HubStreamPtr& stream, const wire::WatchLine& line) {
+    HubWatchPtr watch;
+    bool all = false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (stream->unconfirmed.empty()) return;
+      watch = std::move(stream->unconfirmed.front());
+      stream->unconfirmed.pop_front();
+      all = stream->unconfirmed.empty();
+      stream->answered = true;
+      settled_.notify_all();
+      if (line.revision >= watch->born_below) watch->born_below = 0;
+      if (!line.canceled) {
+        watch->confirmed = true;
+        watch->stays = false;
+        watch->refusals = 0;
+      }
+    }
+    if (line.canceled) refused(client, stream, watch, line.cancel_reason);
+    if (all) on_confirmed(stream);
+  }
+
+  /// A watch that another stream carries stays there.
   void refused(ClientState& client, const HubStreamPtr& stream, const HubWatchPtr& watch,
-               const std::string& reason);
-  static bool tries_again(HubWatch& watch, const Verdict& verdict, bool may_log_in);
-  void on_confirmed(const HubStreamPtr& stream);
-  void on_canceled(ClientState& client, const HubStreamPtr& stream, const wire::WatchLine& line);
-  void take_over_soon(const HubStreamPtr& stream);
-  void take_over(ClientState& client, const HubStreamPtr& stream);
-  bool history_is_known(ClientState& client, const HubStreamPtr& stream);
-  bool history_is_there(ClientState& client, const HubStreamPtr& stream);
-  void swallow(const HubStreamPtr& stream);
-  void begin_anew(std::int64_t revision, bool for_sure);
-  void on_events(const HubStreamPtr& stream, wire::WatchLine& line);
-  void on_end(ClientState& client, const HubStreamPtr& stream, const Error& error);
-  void detach(const HubStreamPtr& stream);
-  void leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch, bool served);
-  void leave(const HubWatchPtr& watch, State state);
-  void wait_again(const HubWatchPtr& watch);
-  void cancel(const HubStreamPtr& stream);
-  static std::vector<WatchEvent> whole_events(const HubStreamPtr& stream, wire::WatchLine& line);
-  static bool pass_on(HubWatch& watch, HubSink& sink, std::vector<WatchEvent> events);
-  HubWatchPtr find(const HubStreamPtr& stream, std::int64_t id);
-  void end_watch(const HubWatchPtr& watch, const std::function<void(HubSink&)>& tell);
-  void supervise(milliseconds delay);
-  milliseconds look_after_streams();
-  void check_confirmations(ClientState& client, const HubStreamPtr& stream);
-  static Error unanswered();
-  void ask(std::size_t member);
-  void abandon(std::size_t member);
+               const std::string& reason) {
+    auto verdict = judge_error({3, reason}, client.members->url(stream->place.member));
+    bool logs_in = !client.options.username.empty();
+    bool denied = verdict.error.code == ErrorCode::PermissionDenied;
+    if (denied && logs_in) client.token_died(stream->place.token);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (watch->state == State::Over) return;
+      leave_stream(stream, watch, false);
+      bool again = tries_again(*watch, verdict, logs_in);
+      watch->stays = watch->streams > 0 && !again;
+      if (watch->streams > 0) return;
+      if (again) wait_again(watch);
+      if (again && !open_at_) schedule(steady_clock::now() + backoff_.next());
+      if (again) return;
+    }
+    bool gone = verdict.error.code == ErrorCode::Compacted;
+    end_watch(watch, [&](HubSink& sink) { gone ? sink.compacted(0) : sink.failed(verdict.error); });
+  }
+
+  /// What was allowed before, and is not any more, may be the token's fault: some fresh ones must
+  /// be refused as well.
+  static bool tries_again(HubWatch& watch, const Verdict& verdict, bool may_log_in) {
+    using Next = Verdict::Next;
+    if (verdict.next == Next::OtherMember || verdict.next == Next::Wait) return true;
+    if (verdict.error.code != ErrorCode::PermissionDenied || !may_log_in) return false;
+    bool in_doubt = verdict.next == Next::Login || watch.confirmed;
+    return ++watch.refusals < kMostRefusals && in_doubt;
+  }
+
+  void on_confirmed(const HubStreamPtr& stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stream->over || std::exchange(stream->open, true)) return;
+    stream->opened = steady_clock::now();
+    settled_.notify_all();
+    if (!waiting_.empty()) schedule(next_opening());
+    take_over_soon(stream);
+  }
+
+  void on_canceled(ClientState& client, const HubStreamPtr& stream, const wire::WatchLine& line) {
+    auto watch = find(stream, line.id);
+    if (!watch) return;
+    if (line.compact_revision == 0) return refused(client, stream, watch, line.cancel_reason);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      compacted_ = (std::max)(compacted_, line.compact_revision);
+      leave_stream(stream, watch, false);
+      if (watch->state != State::Open || watch->streams > 0) return;  // there it misses nothing
+      if (watch->next_revision > line.compact_revision) {  // by now it needs nothing that is gone
+        wait_again(watch);
+        return schedule(next_opening());
+      }
+    }
+    end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
+  }
+
+  void on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
+    auto watch = find(stream, line.id);
+    if (!watch) return static_cast<void>(stream->fragments.erase(line.id));  // it has left
+    auto sink = watch->sink.lock();
+    if (!sink) return;
+    bool wants_more = true;
+    {
+      std::lock_guard<std::mutex> lock(watch->delivering);
+      if (line.events.empty() && line.revision >= watch->next_revision) {
+        watch->next_revision = line.revision + 1;
+        watch->anchored = true;
+        sink->progress(line.revision);
+      }
+      auto events = stream->whole_events(line);
+      if (!events.empty() && events.back().type == EventType::Put) remember(events.back().kv);
+      wants_more = pass_on(*watch, *sink, std::move(events));
+    }
+    if (wants_more) return;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (watch->state != State::Open && watch->state != State::Waiting) return;
+      leave(watch, State::Parked);
+    }
+    if (sink->ready()) resume(watch->id);  // it was emptied in between
+  }
+
+  /// Gives the sink what it has not had yet, revision by revision; false when it wants no more.
+  static bool pass_on(HubWatch& watch, HubSink& sink, std::vector<WatchEvent> events) {
+    bool wants_more = true;
+    for (auto it = events.begin(); it != events.end();) {
+      auto revision = it->revision;
+      auto last = std::find_if(it, events.end(),
+                               [&](const WatchEvent& e) { return e.revision != revision; });
+      if (revision >= watch.next_revision) {
+        wants_more = sink.deliver({std::make_move_iterator(it), std::make_move_iterator(last)});
+        watch.next_revision = revision + 1;
+        watch.anchored = true;
+      }
+      it = last;
+    }
+    return wants_more;
+  }
+
+  HubWatchPtr find(const HubStreamPtr& stream, std::int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = stream->watches.find(id);
+    return it == stream->watches.end() ? nullptr : it->second;
+  }
+
+  // Taking over.
+
+  void take_over_soon(const HubStreamPtr& stream) {
+    later(kLinger, [stream](WatchHub& hub, ClientState& c) { hub.take_over(c, stream); });
+  }
+
+  /// A stream that stands: the streams that it swallows end. Each one wholly or not at all: one
+  /// that must be kept for some of its watches keeps them all.
+  void take_over(ClientState& client, const HubStreamPtr& stream) {
+    if (stream->over) return;
+    if (!is_known(client, *stream) || !is_there(client, *stream)) return take_over_soon(stream);
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& victim : std::exchange(stream->victims, {})) {
+      victim->swallowed = false;
+      auto moved = [&](const auto& entry) { return stream->watches.count(entry.first) > 0; };
+      if (std::all_of(victim->watches.begin(), victim->watches.end(), moved)) {
+        detach(victim);
+      } else {
+        for (auto& entry : victim->watches) leave_stream(stream, entry.second, true);
+      }
+    }
+    schedule(next_opening());
+  }
+
+  /// When etcd was away it may have come back as another one: wiped, or restored. Whether a key
+  /// that we know still has its revision tells. False: it could not be asked.
+  bool is_known(ClientState& client, HubStream& stream) {
+    if (!stream.returns) return true;
+    auto& known = stream.known;
+    bool knows = known.mod_revision > 0;
+    RangeRequest range;
+    range.key = known.key;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (stream.watches.empty()) return true;
+      auto& request = stream.watches.begin()->second->request;
+      if (!knows) range.key = request.key, range.range_end = request.range_end;
+    }
+    range.limit = 1;
+    range.keys_only = true;
+    auto now = client.read(range, Context::with_timeout(kBudget));
+    auto then = now;
+    auto has_it = [&] { return then && !then->kvs.empty() && is_same(then->kvs.front(), known); };
+    bool shorter = now && now->revision < stream.seen;
+    if (now && !shorter && knows && !has_it()) {  // changed since, or never there
+      range.revision = known.mod_revision;
+      then = client.read(range, Context::with_timeout(kBudget));
+    }
+    if (!then && is_out_of_reach(then.error())) return false;
+    stream.returns = false;
+    bool another = shorter || (then && knows && !has_it());
+    if (another || !knows || !has_it()) begin_anew(now ? now->revision : stream.seen, another);
+    return true;
+  }
+
+  static bool is_same(const KeyValue& a, const KeyValue& b) {
+    return a.mod_revision == b.mod_revision && a.create_revision == b.create_revision &&
+           a.version == b.version;
+  }
+
+  /// All watches that follow the old history, of which the new one is at `revision`; in doubt those
+  /// only that can read again.
+  void begin_anew(std::int64_t revision, bool for_sure) {
+    std::vector<HubWatchPtr> watches;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (for_sure) witness_ = {}, compacted_ = 0, highest_ = revision;
+      for (auto& entry : watches_) {
+        auto& watch = *entry.second;
+        auto sink = watch.sink.lock();
+        bool concerned = sink && watch.anchored && (for_sure || sink->reads_again());
+        bool is_old =
+            (watch.born < breaks_ && watch.born_below == 0) || watch.next_revision > revision + 1;
+        if (concerned && is_old) watches.push_back(entry.second);
+      }
+    }
+    for (auto& watch : watches) {
+      end_watch(watch, [&](HubSink& sink) {
+        for_sure ? sink.history_lost(revision) : sink.compacted(revision);
+      });
+    }
+  }
+
+  /// Whether etcd still has what the watches need that this stream takes from others; else it is
+  /// about to cancel them. False: not known yet.
+  bool is_there(ClientState& client, HubStream& stream) {
+    RangeRequest range;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      range.revision = highest_ + 1;
+      for (auto& entry : stream.watches) {
+        auto& watch = *entry.second;
+        if (watch.streams < 2 || !can_move(watch) || watch.next_revision >= range.revision)
+          continue;
+        range.revision = watch.next_revision;
+        range.key = watch.request.key;
+      }
+    }
+    if (range.revision > highest_ || ++stream.looks > kMostLooks) return true;
+    range.limit = 1;
+    range.keys_only = true;
+    auto there = client.read(range, Context::with_timeout(kBudget));
+    return there || (there.error().code != ErrorCode::Compacted && !is_out_of_reach(there.error()));
+  }
+
+  // Ends.
+
+  void on_end(ClientState& client, const HubStreamPtr& stream, const Error& error) {
+    bool denied = error.code == ErrorCode::PermissionDenied, first = false;
+    std::vector<HubWatchPtr> refused;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      bool was_left = stream->over;
+      auto carried = stream->watches;
+      detach(stream);
+      --ending_;
+      if (was_left) return schedule(next_opening());
+      if (stream->open) ++breaks_;
+      for (auto& other : streams_) {  // which may have taken its watches over to another history
+        if (!stream->answered) break;
+        other->returns = true;
+        if (other->open) take_over_soon(other);
+      }
+      bool stood = stream->open && steady_clock::now() - stream->opened >= kStands;
+      if (stood) backoff_.reset();
+      short_lives_ = stood ? 1 : short_lives_ + 1;
+      first = short_lives_ == 1;
+      for (auto& [id, watch] : carried) {
+        if (!denied || watch->streams > 0) continue;
+        if (++watch->refusals >= kMostRefusals) refused.push_back(watch);
+      }
+      schedule(steady_clock::now() + backoff_.next());
+    }
+    if (denied) client.token_died(stream->place.token);
+    for (auto& watch : refused) end_watch(watch, [&](HubSink& sink) { sink.failed(error); });
+    (*client.log)(
+        LogLevel::Info, "a watch stream has ended",
+        {{"endpoint", client.members->url(stream->place.member)}, {"cause", to_string(error)}});
+    if (first) client.leases->hurry();  // if it was etcd that went away, they may have gone, too
+  }
+
+  // The rest is called under the mutex, but for end_watch().
+
+  /// Takes the stream out; watches that no other carries wait for the next.
+  void detach(const HubStreamPtr& stream) {
+    if (stream->over.exchange(true)) return;
+    ++ending_;
+    streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
+    settled_.notify_all();
+    for (auto& victim : std::exchange(stream->victims, {})) victim->swallowed = false;
+    for (auto& entry : std::exchange(stream->watches, {})) {
+      auto& watch = entry.second;
+      watch->heard = (std::max)(watch->heard, stream->last_heard());
+      if (--watch->streams == 0 && watch->state == State::Open) wait_again(watch);
+    }
+    cancel(*stream);
+  }
+
+  /// Without the mutex, which whoever hears of it may need.
+  void cancel(const HubStream& stream) {
+    executor_->timer.after(milliseconds(0), [ctx = stream.ctx] { ctx.cancel(); });
+  }
+
+  /// The watch leaves a stream, which ends when it has none left.
+  void leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch, bool served) {
+    if (stream->watches.erase(watch->id) == 0) return;
+    --watch->streams;
+    watch->heard = (std::max)(watch->heard, stream->last_heard());
+    if (served) ++stream->dead;
+    if (stream->watches.empty()) return detach(stream);
+    if (stream->open && stream->dead >= stream->watches.size()) schedule(next_opening());
+  }
+
+  /// The watch leaves all streams.
+  void leave(const HubWatchPtr& watch, State state) {
+    watch->state = state;
+    auto streams = streams_;
+    for (auto& stream : streams) leave_stream(stream, watch, true);
+    waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), watch), waiting_.end());
+    if (state == State::Over) watches_.erase(watch->id);
+  }
+
+  void wait_again(const HubWatchPtr& watch) {
+    watch->state = State::Waiting;
+    waiting_.push_back(watch);
+  }
+
+  void end_watch(const HubWatchPtr& watch, const std::function<void(HubSink&)>& tell) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (watch->state == State::Over) return;
+      leave(watch, State::Over);
+    }
+    if (auto sink = watch->sink.lock()) tell(*sink);
+  }
 
   const std::weak_ptr<ClientState> client_;
   const std::shared_ptr<Executor> executor_;
   std::mutex mutex_;
-  std::condition_variable confirmed_;
+  std::condition_variable settled_;
   std::map<std::int64_t, HubWatchPtr> watches_;
   std::vector<HubWatchPtr> waiting_;
   std::vector<HubStreamPtr> streams_;
@@ -6935,704 +7526,17 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   std::int64_t last_id_{0};
   StreamPolicy policy_;
   std::optional<SteadyTime> open_at_;
-  std::map<std::size_t, SteadyTime> asked_;  // members that are being asked whether they serve
-  std::atomic<std::int64_t> highest_{0};     // revision that etcd has told of
-  std::int64_t compacted_{0};                // the history begins here, as far as we know
-  KeyValue witness_;                         // the last key that we know
-  std::uint64_t breaks_{0};                  // of streams
-  int short_lives_{0};                       // of streams, one after the other
+  std::atomic<std::int64_t> highest_{0};  // revision that etcd has told of
+  std::int64_t compacted_{0};             // the history begins here, as far as we know
+  KeyValue witness_;                      // the last key that we know
+  std::uint64_t breaks_{0};               // of streams
+  int short_lives_{0};                    // of streams, one after the other
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
-  bool supervised_{false}, closed_{false};
+  bool supervised_{false}, stuck_{false}, closed_{false};
 };
 
-COORDINATION_API std::int64_t WatchHub::add(WatchRequest request, std::int64_t next_revision,
-                                            bool anchored, std::weak_ptr<HubSink> sink) {
-  auto watch = std::make_shared<HubWatch>();
-  watch->request = std::move(request);
-  watch->sink = std::move(sink);
-  watch->next_revision = next_revision;
-  watch->anchored = anchored;
-  if (anchored && next_revision - 1 < highest_) watch->born_below = highest_;
-  if (anchored) raise_to(highest_, next_revision - 1);
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return 0;
-  watch->id = ++last_id_;
-  watch->born = breaks_;
-  watches_.emplace(watch->id, watch);
-  wait_again(watch);
-  schedule(next_opening());
-  return watch->id;
-}
-
-/// A moment for a new watch to stand: events that come before it does are served by etcd's timer
-/// of 100 ms. Not where many are being made, and not for long.
-COORDINATION_API void WatchHub::settle(std::int64_t id, const Context& ctx) {
-  auto hook = ctx.on_cancel([this] {
-    std::lock_guard<std::mutex> lock(mutex_);
-    confirmed_.notify_all();
-  });
-  std::unique_lock<std::mutex> lock(mutex_);
-  auto stands = [&] {
-    auto it = watches_.find(id);
-    bool waits = it != watches_.end() && !it->second->confirmed && it->second->refusals == 0;
-    return !waits || ctx.done();
-  };
-  if (next_opening() > steady_clock::now() || watches_.size() > kFew) return;
-  confirmed_.wait_for(lock, milliseconds(50), stands);
-}
-
-COORDINATION_API void WatchHub::remove(std::int64_t id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto it = watches_.find(id);
-  if (it != watches_.end()) leave(it->second, State::Over);
-}
-
-COORDINATION_API void WatchHub::resume(std::int64_t id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto it = watches_.find(id);
-  if (it == watches_.end() || it->second->state != State::Parked) return;
-  wait_again(it->second);
-  schedule(steady_clock::now());
-}
-
-COORDINATION_API bool WatchHub::connected(std::int64_t id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return std::any_of(streams_.begin(), streams_.end(), [&](const HubStreamPtr& stream) {
-    return stream->open && !stream->suspect && stream->watches.count(id) > 0;
-  });
-}
-
-COORDINATION_API SteadyTime WatchHub::last_heard(std::int64_t id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto it = watches_.find(id);
-  if (it == watches_.end()) return {};
-  auto last = it->second->heard;
-  for (auto& stream : streams_) {
-    if (stream->watches.count(id) > 0) last = (std::max)(last, stream->last_heard());
-  }
-  return last;
-}
-
-COORDINATION_API void WatchHub::remember(const KeyValue& kv) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (kv.mod_revision <= witness_.mod_revision) return;
-  witness_ = {kv.key, {}, kv.create_revision, kv.mod_revision, kv.version, kv.lease};
-}
-
-COORDINATION_API void WatchHub::close() {
-  std::map<std::int64_t, HubWatchPtr> watches;
-  std::vector<HubStreamPtr> streams;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    closed_ = true;
-    watches.swap(watches_);
-    streams = streams_;
-    for (auto& entry : watches) entry.second->state = State::Over;
-    for (auto& stream : streams) detach(stream);
-    waiting_.clear();
-    confirmed_.notify_all();
-  }
-  for (auto& stream : streams) stream->ctx.cancel();
-  for (auto& entry : watches) {
-    if (auto sink = entry.second->sink.lock()) sink->failed(closed_error());
-  }
-}
-
-// Opening streams.
-
-/// Does `task` on a stream thread, where it may block.
-template <class Fn>
-void WatchHub::later(milliseconds delay, Fn task) {
-  auto on_thread = [weak = weak_from_this(), task] {
-    auto self = weak.lock();
-    auto client = self ? self->client_.lock() : nullptr;
-    if (client) task(*self, *client);
-  };
-  executor_->run_at(steady_clock::now() + delay, executor_->streams, on_thread);
-}
-
-/// Under the mutex.
-COORDINATION_API void WatchHub::schedule(SteadyTime when) {
-  if (closed_ || (open_at_ && *open_at_ <= when)) return;
-  open_at_ = when;
-  executor_->timer.at(when, [weak = weak_from_this(), when] {
-    if (auto self = weak.lock()) self->open_next(when);
-  });
-}
-
-COORDINATION_API void WatchHub::open_next(SteadyTime when) {
-  auto client = client_.lock();
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (!client || closed_ || open_at_ != when) return;
-  open_at_.reset();
-  std::vector<StreamPolicy::Stream> all;
-  for (auto& stream : streams_) all.push_back(numbers(*stream));
-  auto victims = StreamPolicy::next(all, waiting_.size(), ending_);
-  if (!victims) return;  // comes again when a stream has ended
-  auto stream = make_stream(*victims, client->clock);
-  policy_.opened(steady_clock::now());
-  later(milliseconds(0), [stream](WatchHub& hub, ClientState& c) { hub.run(c, stream); });
-  later(kBetween, [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); });
-  if (!std::exchange(supervised_, true)) supervise(kSilence);
-}
-
-COORDINATION_API StreamPolicy::Stream WatchHub::numbers(const HubStream& stream) const {
-  using Kind = StreamPolicy::Kind;
-  auto moves = [this](const auto& entry) { return can_move(*entry.second); };
-  auto kind = Kind::Movable;
-  if (!stream.open || stream.swallowed) {
-    kind = Kind::Busy;
-  } else if (stream.lost && stream.suspect) {
-    kind = Kind::Lost;
-  } else if (!std::all_of(stream.watches.begin(), stream.watches.end(), moves)) {
-    kind = Kind::Stuck;
-  }
-  return {stream.watches.size(), stream.dead, kind};
-}
-
-COORDINATION_API HubStreamPtr WatchHub::make_stream(const StreamPolicy::Victims& victims,
-                                                    std::shared_ptr<Clock> clock) {
-  auto stream = std::make_shared<HubStream>(std::move(clock));
-  auto join = [&](const HubWatchPtr& watch) {
-    if (!stream->watches.emplace(watch->id, watch).second) return;
-    stream->unconfirmed.push_back(watch);
-    watch->overlap = watch->confirmed && watch->streams == 0;
-    if (watch->overlap) stream->returns = true;
-    ++watch->streams;
-    watch->state = State::Open;
-  };
-  for (auto& watch : std::exchange(waiting_, {})) join(watch);
-  for (auto i : victims) {
-    streams_[i]->swallowed = true;
-    for (auto& entry : streams_[i]->watches) join(entry.second);
-    stream->victims.push_back(streams_[i]);
-  }
-  stream->known = witness_;
-  stream->seen = highest_;
-  streams_.push_back(stream);
-  return stream;
-}
-
-/// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there
-/// all the same. Who comes back asks for one revision more than it needs, to be told.
-COORDINATION_API std::string WatchHub::create_body(const HubStreamPtr& stream) {
-  std::vector<std::pair<HubWatchPtr, bool>> watches;  // and whether they overlap
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& watch : stream->unconfirmed) watches.emplace_back(watch, watch->overlap);
-  }
-  std::string body;
-  for (auto& [watch, overlap] : watches) {
-    auto start = watch->next_revision.load();
-    if (overlap && watch->anchored && start > 1) --start;
-    body += wire::watch_body(watch->request, watch->id, start) + "\n";
-  }
-  return body;
-}
-
-COORDINATION_API void WatchHub::run(ClientState& client, const HubStreamPtr& stream) {
-  auto end = make_error(ErrorCode::Unavailable, "the stream has ended");
-  wire::Lines lines;
-  auto line = [&](std::string_view text) { return on_line(client, stream, text, end); };
-  auto sink = [&](std::string_view piece) {
-    stream->hear();
-    return lines.feed(piece, line);
-  };
-  auto done = client.stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
-  if (!done) end = done.error();
-  lines.finish(line);
-  bool in_vain = done && !stream->open && !stream->ctx.cancelled() && !stream->place.refused;
-  if (in_vain) client.member_failed(stream->place.member, end);
-  on_end(client, stream, end);
-}
-
-// Reading streams.
-
-/// False: the stream is of no more use.
-COORDINATION_API bool WatchHub::on_line(ClientState& client, const HubStreamPtr& stream,
-                                        std::string_view text, Error& end) {
-  auto decoded = wire::decode_line<wire::WatchLine>(text);
-  if (auto* error = std::get_if<wire::EtcdError>(&decoded)) {
-    end = client.refused(stream->place, *error).error;
-    return false;
-  }
-  auto* line = std::get_if<wire::WatchLine>(&decoded);
-  if (!line) {
-    end = not_etcd(client.members->url(stream->place.member), text);
-    return false;  // half a line, or no etcd
-  }
-  if (line->created && !client.belongs(stream->place.member, line->cluster)) {
-    end = client.foreign(stream->place.member).error;
-    return false;
-  }
-  if (line->created) {
-    on_created(client, stream, *line);
-  } else if (line->canceled) {
-    on_canceled(client, stream, *line);
-  } else {
-    on_events(stream, *line);
-  }
-  raise_to(highest_, line->revision);
-  return true;
-}
-
-COORDINATION_API void WatchHub::on_created(ClientState& client, const HubStreamPtr& stream,
-                                           const wire::WatchLine& line) {
-  HubWatchPtr watch;
-  bool all = false;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->unconfirmed.empty()) return;
-    watch = std::move(stream->unconfirmed.front());
-    stream->unconfirmed.pop_front();
-    all = stream->unconfirmed.empty();
-    stream->answered = true;
-    if (line.revision >= watch->born_below) watch->born_below = 0;
-    if (!line.canceled) {
-      watch->confirmed = true;
-      watch->stays = false;
-      watch->refusals = 0;
-      confirmed_.notify_all();
-    }
-  }
-  if (line.canceled) refused(client, stream, watch, line.cancel_reason);
-  if (all) on_confirmed(stream);
-}
-
-/// A watch that another stream carries stays there.
-COORDINATION_API void WatchHub::refused(ClientState& client, const HubStreamPtr& stream,
-                                        const HubWatchPtr& watch, const std::string& reason) {
-  auto verdict = judge_error({3, reason}, client.members->url(stream->place.member));
-  bool logs_in = !client.options.username.empty();
-  bool denied = verdict.error.code == ErrorCode::PermissionDenied;
-  if (denied && logs_in) client.token_died(stream->place.token);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (watch->state == State::Over) return;
-    leave_stream(stream, watch, false);
-    bool again = tries_again(*watch, verdict, logs_in);
-    watch->stays = watch->streams > 0 && !again;
-    if (watch->streams > 0) return;
-    if (again) wait_again(watch);
-    if (again && !open_at_) schedule(steady_clock::now() + backoff_.next());
-    if (again) return;
-  }
-  bool gone = verdict.error.code == ErrorCode::Compacted;
-  end_watch(watch, [&](HubSink& sink) { gone ? sink.compacted(0) : sink.failed(verdict.error); });
-}
-
-/// What was allowed before, and is not any more, may be the token's fault: some fresh ones must be
-/// refused as well.
-COORDINATION_API bool WatchHub::tries_again(HubWatch& watch, const Verdict& verdict,
-                                            bool may_log_in) {
-  using Next = Verdict::Next;
-  if (verdict.next == Next::OtherMember || verdict.next == Next::Wait) return true;
-  if (verdict.error.code != ErrorCode::PermissionDenied || !may_log_in) return false;
-  bool in_doubt = verdict.next == Next::Login || watch.confirmed;
-  return ++watch.refusals < kMostRefusals && in_doubt;
-}
-
-COORDINATION_API void WatchHub::on_confirmed(const HubStreamPtr& stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (stream->over || std::exchange(stream->open, true)) return;
-  stream->opened = steady_clock::now();
-  if (!waiting_.empty()) schedule(next_opening());
-  take_over_soon(stream);
-}
-
-COORDINATION_API void WatchHub::take_over_soon(const HubStreamPtr& stream) {
-  later(kLinger, [stream](WatchHub& hub, ClientState& c) { hub.take_over(c, stream); });
-}
-
-COORDINATION_API void WatchHub::on_canceled(ClientState& client, const HubStreamPtr& stream,
-                                            const wire::WatchLine& line) {
-  auto watch = find(stream, line.id);
-  if (!watch) return;
-  if (line.compact_revision == 0) return refused(client, stream, watch, line.cancel_reason);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    compacted_ = (std::max)(compacted_, line.compact_revision);
-    leave_stream(stream, watch, false);
-    if (watch->state != State::Open || watch->streams > 0) return;  // there it misses nothing
-    if (watch->next_revision > line.compact_revision) {  // by now it needs nothing that is gone
-      wait_again(watch);
-      return schedule(next_opening());
-    }
-  }
-  end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
-}
-
-/// A stream that stands: the streams that it swallows end.
-COORDINATION_API void WatchHub::take_over(ClientState& client, const HubStreamPtr& stream) {
-  if (stream->over) return;
-  if (!history_is_known(client, stream) || !history_is_there(client, stream)) {
-    return take_over_soon(stream);
-  }
-  std::lock_guard<std::mutex> lock(mutex_);
-  swallow(stream);
-  schedule(next_opening());
-}
-
-/// Under the mutex. Each one wholly or not at all: one that must be kept for some of its watches
-/// keeps them all.
-COORDINATION_API void WatchHub::swallow(const HubStreamPtr& stream) {
-  for (auto& victim : std::exchange(stream->victims, {})) {
-    victim->swallowed = false;
-    auto moved = [&](const auto& entry) { return stream->watches.count(entry.first) > 0; };
-    bool whole = std::all_of(victim->watches.begin(), victim->watches.end(), moved);
-    if (whole || (victim->lost && victim->suspect)) {
-      detach(victim);
-    } else {
-      for (auto& entry : victim->watches) leave_stream(stream, entry.second, true);
-    }
-  }
-}
-
-COORDINATION_API void WatchHub::on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
-  auto watch = find(stream, line.id);
-  if (!watch) return static_cast<void>(stream->fragments.erase(line.id));  // it has left
-  auto sink = watch->sink.lock();
-  if (!sink) return;
-  bool wants_more = true;
-  {
-    std::lock_guard<std::mutex> lock(watch->delivering);
-    if (line.events.empty() && line.revision >= watch->next_revision) {
-      watch->next_revision = line.revision + 1;
-      watch->anchored = true;
-      sink->progress(line.revision);
-    }
-    auto events = whole_events(stream, line);
-    if (!events.empty() && events.back().type == EventType::Put) remember(events.back().kv);
-    wants_more = pass_on(*watch, *sink, std::move(events));
-  }
-  if (wants_more) return;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (watch->state != State::Open && watch->state != State::Waiting) return;
-    leave(watch, State::Parked);
-  }
-  if (sink->ready()) resume(watch->id);  // it was emptied in between
-}
-
-/// The events of a line, after what an earlier one has left over. Where the line goes on, its last
-/// revision is held back: it may not be whole.
-COORDINATION_API std::vector<WatchEvent> WatchHub::whole_events(const HubStreamPtr& stream,
-                                                                wire::WatchLine& line) {
-  if (!line.fragment && stream->fragments.empty()) return std::move(line.events);
-  auto node = stream->fragments.extract(line.id);
-  auto events = node ? std::move(node.mapped()) : std::vector<WatchEvent>();
-  events.insert(events.end(), std::make_move_iterator(line.events.begin()),
-                std::make_move_iterator(line.events.end()));
-  if (!line.fragment || events.empty()) return events;
-  auto last = std::find_if(events.begin(), events.end(), [&](const WatchEvent& event) {
-    return event.revision == events.back().revision;
-  });
-  stream->fragments[line.id].assign(std::make_move_iterator(last),
-                                    std::make_move_iterator(events.end()));
-  events.erase(last, events.end());
-  return events;
-}
-
-/// Gives the sink what it has not had yet, revision by revision; false when it wants no more.
-COORDINATION_API bool WatchHub::pass_on(HubWatch& watch, HubSink& sink,
-                                        std::vector<WatchEvent> events) {
-  bool wants_more = true;
-  for (auto it = events.begin(); it != events.end();) {
-    auto revision = it->revision;
-    auto last =
-        std::find_if(it, events.end(), [&](const WatchEvent& e) { return e.revision != revision; });
-    if (revision >= watch.next_revision) {
-      wants_more = sink.deliver({std::make_move_iterator(it), std::make_move_iterator(last)});
-      watch.next_revision = revision + 1;
-      watch.anchored = true;
-    }
-    it = last;
-  }
-  return wants_more;
-}
-
-COORDINATION_API HubWatchPtr WatchHub::find(const HubStreamPtr& stream, std::int64_t id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto it = stream->watches.find(id);
-  return it == stream->watches.end() ? nullptr : it->second;
-}
-
-// Ends.
-
-COORDINATION_API void WatchHub::on_end(ClientState& client, const HubStreamPtr& stream,
-                                       const Error& error) {
-  std::vector<HubWatchPtr> denied;
-  bool ours = stream->ctx.cancelled(), first = false;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    bool was_left = stream->over;
-    auto carried = stream->watches;
-    detach(stream);
-    --ending_;
-    if (was_left) return schedule(next_opening());
-    if (stream->open) ++breaks_;
-    for (auto& other : streams_) {  // which may have taken its watches over to another history
-      if (!stream->answered) break;
-      other->returns = true;
-      if (other->open) take_over_soon(other);
-    }
-    bool stood = stream->open && steady_clock::now() - stream->opened >= kStands;
-    if (stood) backoff_.reset();
-    short_lives_ = stood ? 1 : short_lives_ + 1;
-    first = short_lives_ == 1;
-    for (auto& [id, watch] : carried) {
-      if (error.code != ErrorCode::PermissionDenied || watch->streams > 0) continue;
-      if (++watch->refusals >= kMostRefusals) denied.push_back(watch);
-    }
-    schedule(steady_clock::now() + backoff_.next());
-  }
-  if (error.code == ErrorCode::PermissionDenied) client.token_died(stream->place.token);
-  for (auto& watch : denied) end_watch(watch, [&](HubSink& sink) { sink.failed(error); });
-  if (ours) return;
-  (*client.log)(
-      LogLevel::Info, "a watch stream has ended",
-      {{"endpoint", client.members->url(stream->place.member)}, {"cause", to_string(error)}});
-  if (first) client.leases->hurry();  // if it was etcd that went away, they may have gone, too
-}
-
-/// Takes the stream out; watches that no other carries wait for the next. Under the mutex.
-COORDINATION_API void WatchHub::detach(const HubStreamPtr& stream) {
-  if (stream->over.exchange(true)) return;
-  ++ending_;
-  streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
-  for (auto& victim : std::exchange(stream->victims, {})) victim->swallowed = false;
-  for (auto& entry : std::exchange(stream->watches, {})) {
-    auto& watch = entry.second;
-    watch->heard = (std::max)(watch->heard, stream->last_heard());
-    if (--watch->streams == 0 && watch->state == State::Open) wait_again(watch);
-  }
-  cancel(stream);
-}
-
-/// Under the mutex, which whoever hears of it may need.
-COORDINATION_API void WatchHub::cancel(const HubStreamPtr& stream) {
-  executor_->timer.after(milliseconds(0), [ctx = stream->ctx] { ctx.cancel(); });
-}
-
-/// The watch leaves a stream, which ends when it has none left. Under the mutex.
-COORDINATION_API void WatchHub::leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch,
-                                             bool served) {
-  if (stream->watches.erase(watch->id) == 0) return;
-  --watch->streams;
-  watch->heard = (std::max)(watch->heard, stream->last_heard());
-  if (served) ++stream->dead;
-  if (stream->watches.empty()) return detach(stream);
-  if (stream->open && stream->dead >= stream->watches.size()) schedule(next_opening());
-}
-
-/// The watch leaves all streams. Under the mutex.
-COORDINATION_API void WatchHub::leave(const HubWatchPtr& watch, State state) {
-  watch->state = state;
-  auto streams = streams_;
-  for (auto& stream : streams) leave_stream(stream, watch, true);
-  waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), watch), waiting_.end());
-  if (state == State::Over) watches_.erase(watch->id);
-}
-
-/// Under the mutex.
-COORDINATION_API void WatchHub::wait_again(const HubWatchPtr& watch) {
-  watch->state = State::Waiting;
-  waiting_.push_back(watch);
-}
-
-COORDINATION_API void WatchHub::end_watch(const HubWatchPtr& watch,
-                                          const std::function<void(HubSink&)>& tell) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (watch->state == State::Over) return;
-    leave(watch, State::Over);
-  }
-  if (auto sink = watch->sink.lock()) tell(*sink);
-}
-
-// The history.
-
-COORDINATION_API bool is_same_put(const KeyValue& a, const KeyValue& b) {
-  return a.mod_revision == b.mod_revision && a.create_revision == b.create_revision &&
-         a.version == b.version;
-}
-
-/// When etcd was away it may have come back as another one: wiped, or restored. Whether a key that
-/// we know still has its revision tells. False: it could not be asked.
-COORDINATION_API bool WatchHub::history_is_known(ClientState& client, const HubStreamPtr& stream) {
-  if (!stream->returns) return true;
-  auto& known = stream->known;
-  RangeRequest range;
-  range.key = known.key;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->watches.empty()) return true;
-    auto& request = stream->watches.begin()->second->request;
-    if (known.mod_revision == 0) range.key = request.key, range.range_end = request.range_end;
-  }
-  range.limit = 1;
-  range.keys_only = true;
-  auto now = client.read(range, Context::with_timeout(kBudget));
-  auto then = now;
-  auto has_it = [&] { return then && !then->kvs.empty() && is_same_put(then->kvs.front(), known); };
-  bool shorter = now && now->revision < stream->seen;
-  if (now && !shorter && known.mod_revision > 0 && !has_it()) {  // changed since, or never there
-    range.revision = known.mod_revision;
-    then = client.read(range, Context::with_timeout(kBudget));
-  }
-  if (!then && is_out_of_reach(then.error())) return false;
-  stream->returns = false;
-  bool another = shorter || (then && known.mod_revision > 0 && !has_it());
-  bool same = !another && known.mod_revision > 0 && has_it();
-  if (!same) begin_anew(now ? now->revision : stream->seen, another);
-  return true;
-}
-
-/// All watches that follow the old history, of which the new one is at `revision`; in doubt those
-/// only that can read again.
-COORDINATION_API void WatchHub::begin_anew(std::int64_t revision, bool for_sure) {
-  std::vector<HubWatchPtr> watches;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (for_sure) witness_ = {}, compacted_ = 0, highest_ = revision;
-    for (auto& entry : watches_) {
-      auto& watch = *entry.second;
-      auto sink = watch.sink.lock();
-      bool concerned = sink && watch.anchored && (for_sure || sink->reads_again());
-      bool is_old =
-          (watch.born < breaks_ && watch.born_below == 0) || watch.next_revision > revision + 1;
-      if (concerned && is_old) watches.push_back(entry.second);
-    }
-  }
-  for (auto& watch : watches) {
-    end_watch(watch, [&](HubSink& sink) {
-      for_sure ? sink.history_lost(revision) : sink.compacted(revision);
-    });
-  }
-}
-
-/// Whether etcd still has what the watches need that this stream takes from others; else it is
-/// about to cancel them. False: not known yet.
-COORDINATION_API bool WatchHub::history_is_there(ClientState& client, const HubStreamPtr& stream) {
-  RangeRequest range;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    range.revision = highest_ + 1;
-    for (auto& entry : stream->watches) {
-      auto& watch = *entry.second;
-      if (watch.streams < 2 || !can_move(watch) || watch.next_revision >= range.revision) continue;
-      range.revision = watch.next_revision;
-      range.key = watch.request.key;
-    }
-  }
-  if (range.revision > highest_ || ++stream->looks > kMostLooks) return true;
-  range.limit = 1;
-  range.keys_only = true;
-  auto there = client.read(range, Context::with_timeout(kBudget));
-  return there || (there.error().code != ErrorCode::Compacted && !is_out_of_reach(there.error()));
-}
-
-// Looking after streams.
-
-COORDINATION_API void WatchHub::supervise(milliseconds delay) {
-  executor_->timer.after(delay, [weak = weak_from_this()] {
-    if (auto self = weak.lock()) self->supervise(self->look_after_streams());
-  });
-}
-
-/// A stream may be silent because nothing happens, or because its member is frozen or cut off: the
-/// member is asked. Says when to look again.
-COORDINATION_API milliseconds WatchHub::look_after_streams() {
-  auto next = kSilence;
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& stream : streams_) {
-    auto silence = stream->silence();
-    if (silence >= kSilence) {
-      ask(stream->place.member);
-    } else {
-      next = (std::min)(next, kSilence - silence);
-    }
-  }
-  return (std::max)(next, milliseconds(100));
-}
-
-/// What a stream should have answered long ago may be held back by something in between; or it has
-/// not passed all of the request on to etcd, or etcd has thrown a part of it away.
-COORDINATION_API void WatchHub::check_confirmations(ClientState& client,
-                                                    const HubStreamPtr& stream) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (stream->over || stream->open) return;
-    bool stopped = stream->answered && stream->silence() >= kBetween;
-    if (!stopped && stream->clock->now() - stream->begun <= kConfirmation) {
-      auto again = [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); };
-      return later(kLookAgain, again);
-    }
-    for (auto& watch : std::exchange(stream->unconfirmed, {})) {
-      if (stream->watches.count(watch->id) == 0) continue;
-      leave_stream(stream, watch, true);
-      if (watch->streams == 0 && watch->state == State::Open) wait_again(watch);
-    }
-    schedule(steady_clock::now() + backoff_.next());
-  }
-  if (stream->answered) client.pads_bodies = true;
-  if (stream->answered) return on_confirmed(stream);
-  auto error = make_error(ErrorCode::Unavailable, "it does not confirm watches");
-  client.member_failed(stream->place.member, error);
-}
-
-COORDINATION_API void WatchHub::suspect(std::size_t member) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  bool is_new = false;
-  for (auto& stream : streams_) {
-    if (stream->place.member == member && !stream->suspect.exchange(true)) is_new = true;
-  }
-  if (is_new) ask(member);
-}
-
-COORDINATION_API Error WatchHub::unanswered() {
-  return make_error(ErrorCode::Unavailable, "it does not answer");
-}
-
-/// Whether it serves, by one read at a time. Under the mutex.
-COORDINATION_API void WatchHub::ask(std::size_t member) {
-  auto now = steady_clock::now();
-  if (!asked_.emplace(member, now).second) return;
-  later(milliseconds(0), [member](WatchHub& hub, ClientState& client) {
-    bool serves = client.probe(member, kProbe);
-    if (!serves) client.member_failed(member, unanswered());
-    std::lock_guard<std::mutex> lock(hub.mutex_);
-    hub.asked_.erase(member);
-    if (!serves) return hub.abandon(member);
-    for (auto& stream : hub.streams_) {
-      if (stream->place.member == member) stream->hear();
-    }
-  });
-  later(kPatience, [member, now](WatchHub& hub, ClientState& client) {
-    std::unique_lock<std::mutex> lock(hub.mutex_);
-    auto it = hub.asked_.find(member);
-    if (it == hub.asked_.end() || it->second != now) return;
-    lock.unlock();
-    client.member_failed(member, unanswered());
-    lock.lock();
-    hub.abandon(member);
-  });
-}
-
-/// The watches of its streams, but of those that were heard of meanwhile, move to another member.
-/// Under the mutex.
-COORDINATION_API void WatchHub::abandon(std::size_t member) {
-  for (auto& stream : streams_) {
-    bool well = !stream->suspect && stream->silence() < kSilence;
-    if (stream->place.member != member || well) continue;
-    stream->suspect = stream->lost = true;
-    if (!stream->open) cancel(stream);
-  }
-  schedule(steady_clock::now());
-}
-
-COORDINATION_API void ClientState::suspect_streams(std::size_t member) {
-  if (watches) watches->suspect(member);
+COORDINATION_API bool ClientState::tell_streams(std::size_t member, Sign sign) {
+  return watches && watches->hear_of(member, sign);
 }
 
 // What stands on the hub.
@@ -7649,6 +7553,32 @@ class EventPort {
   virtual void failed(const Error& error) = 0;
 };
 
+inline constexpr std::int64_t kPage = 1000;  // keys in one answer
+
+using Records = std::pair<std::vector<KeyValue>, std::int64_t>;  // and the revision of the read
+
+COORDINATION_API Result<Records> read_pages(ClientState& client, RangeRequest request,
+                                            const Context& ctx) {
+  std::vector<KeyValue> kvs;
+  request.limit = request.range_end.empty() ? 0 : kPage;
+  while (true) {
+    auto page = client.read(request, ctx);
+    if (!page) return page.error();
+    for (auto& kv : page->kvs) kvs.push_back(std::move(kv));
+    if (request.revision == 0) request.revision = page->revision;
+    if (!page->more || kvs.empty()) return std::make_pair(std::move(kvs), request.revision);
+    request.key = kvs.back().key + '\0';
+  }
+}
+
+/// A range at one revision, in pages; once more if a compaction overtakes it.
+COORDINATION_API Result<Records> read_range(ClientState& client, const RangeRequest& request,
+                                            const Context& ctx) {
+  auto all = read_pages(client, request, ctx);
+  if (all || all.error().code != ErrorCode::Compacted) return all;
+  return read_pages(client, request, ctx);
+}
+
 /// The watch of one range: raw, or live. A live one knows what is there, so that it can add the
 /// last record to a Delete and deliver the difference after a compaction.
 class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed> {
@@ -7660,12 +7590,36 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   RangeFeed(std::shared_ptr<ClientState> client, WatchRequest request, Mode mode)
       : client_(std::move(client)), request_(std::move(request)), mode_(mode) {}
 
+  /// To begin "now" is to begin after the revision of a read: a start that stays right however
+  /// often the first connection has to be tried. It also tells at once who may not read.
   Result<void> start(const std::shared_ptr<EventPort>& port, bool include_existing,
-                     const Context& given);
-  void resume() { client_->watches->resume(hub_id()); }
+                     const Context& given) {
+    if (client_->closing) return closed_error();
+    auto ctx = client_->bounded(given);
+    port_ = port;
+    auto next = request_.start_revision;
+    if (mode_ != Mode::Raw) {
+      auto all = read(ctx);
+      if (!all) return all.error();
+      next = all->second + 1;
+      take_in(*port, std::move(*all), include_existing);
+    } else if (next == 0) {
+      auto range = whole();
+      range.limit = 1;
+      range.keys_only = true;
+      auto now = client_->read(range, ctx);
+      if (!now) return now.error();
+      if (!now->kvs.empty()) client_->watches->remember(now->kvs.front());
+      next = now->revision + 1;
+    }
+    join_hub(next);
+    client_->watches->settle(hub_id_, ctx);
+    return {};
+  }
+  void resume() { client_->watches->resume(hub_id_); }
   void stop() {
     stopped_ = true;
-    client_->watches->remove(hub_id());
+    client_->watches->remove(hub_id_);
   }
 
   template <class Fn>
@@ -7673,10 +7627,10 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     std::lock_guard<std::mutex> lock(mutex_);
     return fn(known_, revision_);
   }
-  bool connected() const { return client_->watches->connected(hub_id()); }
+  bool connected() const { return client_->watches->connected(hub_id_); }
   milliseconds age() const {
     if (connected()) return milliseconds(0);
-    auto heard = (std::max)(client_->watches->last_heard(hub_id()), heard_at_.load());
+    auto heard = (std::max)(client_->watches->last_heard(hub_id_), heard_at_.load());
     return std::chrono::duration_cast<milliseconds>(client_->clock->now() - heard);
   }
   const std::shared_ptr<ClientState>& client() const { return client_; }
@@ -7728,24 +7682,147 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   }
 
  private:
-  struct Snapshot {
-    std::vector<KeyValue> kvs;
-    std::int64_t revision{0};
-  };
-
   static constexpr milliseconds kLongestResync = std::chrono::minutes(10);
 
-  std::int64_t hub_id() const { return hub_id_; }
-  Result<Snapshot> read(const Context& ctx) const;
-  void join_hub(std::int64_t next_revision);
-  bool learn(WatchEvent& event);
-  void sort_by_age(std::vector<WatchEvent>& events) const;
-  WatchEvent end_of_queue(std::int64_t revision) const;
-  void keep(const KeyValue& kv);
-  void begin_anew(std::int64_t revision, std::string why);
-  void resync_later(milliseconds delay);
-  void resync();
-  void apply(Snapshot snapshot);
+  RangeRequest whole() const {
+    RangeRequest range;
+    range.key = request_.key;
+    range.range_end = request_.range_end;
+    return range;
+  }
+
+  Result<Records> read(const Context& ctx) const {
+    auto all = read_range(*client_, whole(), ctx);
+    if (!all) return all;
+    for (auto& kv : all->first) client_->watches->remember(kv);
+    return all;
+  }
+
+  void join_hub(std::int64_t next_revision) {
+    bool anchored = mode_ != Mode::Raw || request_.start_revision == 0;
+    auto id = client_->watches->add(request_, next_revision, anchored, weak_from_this());
+    raise_to(hub_id_, id);  // it may be over already, and resync() have joined again: ids grow
+    if (stopped_) stop();
+    if (id == 0) failed(closed_error());
+    if (ready()) resume();  // it may have been parked, and emptied, before its id was known
+  }
+
+  void keep(const KeyValue& kv) {
+    KeyValue& known = known_[kv.key];
+    known = kv;
+    if (mode_ != Mode::LiveWithValues) std::string().swap(known.value);
+  }
+
+  /// False: it is known already, or never was.
+  bool learn(WatchEvent& event) {
+    auto it = known_.find(event.kv.key);
+    bool known = it != known_.end();
+    if (known && it->second.mod_revision >= event.revision) return false;
+    if (event.type == EventType::Put) {
+      if (known) event.prev_kv = it->second;
+      keep(event.kv);
+      return true;
+    }
+    if (!known) return false;
+    event.prev_kv = std::move(it->second);
+    known_.erase(it);
+    return true;
+  }
+
+  /// Of what happens at once: puts first, the oldest key first; then deletes, the youngest first.
+  /// So no key seems to be the oldest for a moment that never was.
+  void sort_by_age(std::vector<WatchEvent>& events) const {
+    auto rank = [this](const WatchEvent& event) {
+      auto& key = event.kv.key;
+      if (event.type == EventType::Put) return std::make_tuple(0, event.kv.create_revision, key);
+      auto it = known_.find(key);
+      auto created = it != known_.end() ? it->second.create_revision
+                     : event.prev_kv    ? event.prev_kv->create_revision
+                                        : std::int64_t{0};
+      return std::make_tuple(1, -created, key);
+    };
+    std::stable_sort(events.begin(), events.end(),
+                     [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); });
+  }
+
+  /// Knows from now on what was read, and says what is different: what was changed, in order, then
+  /// what is gone. At first it is what is there, the oldest first.
+  void take_in(EventPort& port, Records read, bool tell) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    bool first = revision_ == 0, all_anew = std::exchange(all_anew_, false);
+    auto before = std::exchange(known_, {});
+    std::vector<WatchEvent> events;
+    for (auto& kv : read.first) {
+      keep(kv);
+      auto node = before.extract(kv.key);
+      bool same = node && node.mapped().mod_revision == kv.mod_revision &&
+                  node.mapped().create_revision == kv.create_revision;
+      if (same && !all_anew) continue;
+      WatchEvent event;
+      if (node) event.prev_kv = std::move(node.mapped());
+      event.revision = kv.mod_revision;
+      event.kv = std::move(kv);
+      events.push_back(std::move(event));
+    }
+    auto place = [first](const WatchEvent& e) { return first ? e.kv.create_revision : e.revision; };
+    std::stable_sort(events.begin(), events.end(),
+                     [&](const WatchEvent& a, const WatchEvent& b) { return place(a) < place(b); });
+    for (auto& gone : before) {
+      events.push_back(deleted(gone.first, read.second));
+      events.back().prev_kv = std::move(gone.second);
+    }
+    if (mode_ == Mode::ByAge) sort_by_age(events);
+    // After those that stand in a queue at first: it may be empty, and that is news, too.
+    if (mode_ == Mode::ByAge && first) events.push_back(deleted(request_.key, read.second));
+    revision_ = read.second;
+    heard_at_ = client_->clock->now();
+    for (auto& event : events) {
+      if (tell) port.push(std::move(event));
+    }
+    port.moved(revision_);
+  }
+
+  static WatchEvent deleted(const std::string& key, std::int64_t revision) {
+    WatchEvent event;
+    event.type = EventType::Delete;
+    event.kv.key = key;
+    event.revision = event.kv.mod_revision = revision;
+    return event;
+  }
+
+  void begin_anew(std::int64_t revision, std::string why) {
+    heard_at_ = client_->clock->now();
+    if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
+    auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
+                            std::move(why));
+    error.revision = revision + 1;
+    failed(error);
+  }
+
+  void resync_later(milliseconds delay) {
+    if (stopped_) return;
+    auto& executor = *client_->executor;
+    executor.run_at(steady_clock::now() + delay, executor.readers, [weak = weak_from_this()] {
+      if (auto self = weak.lock()) self->resync();
+    });
+  }
+
+  void resync() {
+    auto port = port_.lock();
+    if (!port || stopped_ || client_->closing) return;
+    auto all = read(Context::with_timeout(resync_limit_));
+    if (all) {
+      backoff_.reset();
+      auto revision = all->second;
+      take_in(*port, std::move(*all), true);
+      return join_hub(revision + 1);
+    }
+    if (all.error().code == ErrorCode::PermissionDenied) return failed(all.error());
+    (*client_->log)(LogLevel::Warn, "cannot read again after a compaction",
+                    {{"key", request_.key}, {"cause", to_string(all.error())}});
+    resync_limit_ = (std::min)(resync_limit_ * 2, kLongestResync);
+    resync_later(backoff_.next());
+  }
 
   const std::shared_ptr<ClientState> client_;
   const WatchRequest request_;
@@ -7762,229 +7839,11 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   Backoff backoff_{milliseconds(100), milliseconds(2000)};
 };
 
-inline constexpr std::int64_t kPage = 1000;  // keys in one answer
-
-using Records = std::pair<std::vector<KeyValue>, std::int64_t>;  // and the revision of the read
-
-COORDINATION_API Result<Records> read_pages(ClientState& client, RangeRequest request,
-                                            const Context& ctx) {
-  std::vector<KeyValue> kvs;
-  request.limit = request.range_end.empty() ? 0 : kPage;
-  while (true) {
-    auto page = client.read(request, ctx);
-    if (!page) return page.error();
-    for (auto& kv : page->kvs) kvs.push_back(std::move(kv));
-    if (request.revision == 0) request.revision = page->revision;
-    if (!page->more || kvs.empty()) return std::make_pair(std::move(kvs), request.revision);
-    request.key = kvs.back().key + '\0';
-  }
-}
-
-/// A range at one revision, in pages; once more if a compaction overtakes it.
-COORDINATION_API Result<Records> read_range(ClientState& client, const RangeRequest& request,
-                                            const Context& ctx) {
-  auto all = read_pages(client, request, ctx);
-  if (all || all.error().code != ErrorCode::Compacted) return all;
-  return read_pages(client, request, ctx);
-}
-
-COORDINATION_API Result<RangeFeed::Snapshot> RangeFeed::read(const Context& ctx) const {
-  RangeRequest range;
-  range.key = request_.key;
-  range.range_end = request_.range_end;
-  auto all = read_range(*client_, range, ctx);
-  if (!all) return all.error();
-  for (auto& kv : all->first) client_->watches->remember(kv);
-  return Snapshot{std::move(all->first), all->second};
-}
-
-COORDINATION_API void RangeFeed::join_hub(std::int64_t next_revision) {
-  bool anchored = mode_ != Mode::Raw || request_.start_revision == 0;
-  auto id = client_->watches->add(request_, next_revision, anchored, weak_from_this());
-  raise_to(hub_id_, id);  // it may be over already, and resync() have joined again: ids grow
-  if (stopped_) stop();
-  if (id == 0) failed(closed_error());
-  if (ready()) resume();  // it may have been parked, and emptied, before its id was known
-}
-
-/// After those that stand in a queue at first: it may be empty, and that is news, too.
-COORDINATION_API WatchEvent RangeFeed::end_of_queue(std::int64_t revision) const {
-  WatchEvent event;
-  event.type = EventType::Delete;
-  event.kv.key = request_.key;
-  event.revision = revision;
-  return event;
-}
-
-/// To begin "now" is to begin after the revision of a read: a start that stays right however often
-/// the first connection has to be tried. It also tells at once who may not read.
-COORDINATION_API Result<void> RangeFeed::start(const std::shared_ptr<EventPort>& port,
-                                               bool include_existing, const Context& given) {
-  if (client_->closing) return closed_error();
-  auto ctx = client_->bounded(given);
-  port_ = port;
-  if (mode_ != Mode::Raw) {
-    auto snapshot = read(ctx);
-    if (!snapshot) return snapshot.error();
-    auto revision = snapshot->revision;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      std::sort(snapshot->kvs.begin(), snapshot->kvs.end(), [](const auto& a, const auto& b) {
-        return std::tie(a.create_revision, a.key) < std::tie(b.create_revision, b.key);
-      });
-      for (auto& kv : snapshot->kvs) {
-        keep(kv);
-        if (!include_existing) continue;
-        WatchEvent event;
-        event.revision = kv.mod_revision;
-        event.kv = std::move(kv);
-        port->push(std::move(event));
-      }
-      if (mode_ == Mode::ByAge) port->push(end_of_queue(revision));
-      revision_ = revision;
-      port->moved(revision);
-    }
-    heard_at_ = client_->clock->now();
-    join_hub(revision + 1);
-    client_->watches->settle(hub_id(), ctx);
-    return {};
-  }
-  auto next = request_.start_revision;
-  if (next == 0) {
-    RangeRequest range;
-    range.key = request_.key;
-    range.range_end = request_.range_end;
-    range.limit = 1;
-    range.keys_only = true;
-    auto now = client_->read(range, ctx);
-    if (!now) return now.error();
-    if (!now->kvs.empty()) client_->watches->remember(now->kvs.front());
-    next = now->revision + 1;
-  }
-  join_hub(next);
-  client_->watches->settle(hub_id(), ctx);
-  return {};
-}
-
-COORDINATION_API void RangeFeed::keep(const KeyValue& kv) {
-  KeyValue& known = known_[kv.key];
-  known = kv;
-  if (mode_ != Mode::LiveWithValues) std::string().swap(known.value);
-}
-
-/// Of what happens at once: puts first, the oldest key first; then deletes, the youngest first. So
-/// no key seems to be the oldest for a moment that never was.
-COORDINATION_API void RangeFeed::sort_by_age(std::vector<WatchEvent>& events) const {
-  auto rank = [this](const WatchEvent& event) {
-    auto& key = event.kv.key;
-    if (event.type == EventType::Put) return std::make_tuple(0, event.kv.create_revision, key);
-    auto it = known_.find(key);
-    auto created = it != known_.end() ? it->second.create_revision
-                   : event.prev_kv    ? event.prev_kv->create_revision
-                                      : std::int64_t{0};
-    return std::make_tuple(1, -created, key);
-  };
-  std::stable_sort(events.begin(), events.end(),
-                   [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); });
-}
-
-/// False: it is known already, or never was.
-COORDINATION_API bool RangeFeed::learn(WatchEvent& event) {
-  auto it = known_.find(event.kv.key);
-  if (event.type == EventType::Put) {
-    if (it != known_.end() && it->second.mod_revision >= event.revision) return false;
-    if (it != known_.end()) event.prev_kv = it->second;
-    keep(event.kv);
-    return true;
-  }
-  if (it == known_.end() || it->second.mod_revision >= event.revision) return false;
-  event.prev_kv = std::move(it->second);
-  known_.erase(it);
-  return true;
-}
-
-COORDINATION_API void RangeFeed::begin_anew(std::int64_t revision, std::string why) {
-  heard_at_ = client_->clock->now();
-  if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
-  auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
-                          std::move(why));
-  error.revision = revision + 1;
-  failed(error);
-}
-
-COORDINATION_API void RangeFeed::resync_later(milliseconds delay) {
-  if (stopped_) return;
-  auto& executor = *client_->executor;
-  executor.run_at(steady_clock::now() + delay, executor.readers, [weak = weak_from_this()] {
-    if (auto self = weak.lock()) self->resync();
-  });
-}
-
-COORDINATION_API void RangeFeed::resync() {
-  if (stopped_ || client_->closing) return;
-  auto snapshot = read(Context::with_timeout(resync_limit_));
-  if (snapshot) {
-    backoff_.reset();
-    auto revision = snapshot->revision;
-    apply(std::move(*snapshot));
-    return join_hub(revision + 1);
-  }
-  if (snapshot.error().code == ErrorCode::PermissionDenied) return failed(snapshot.error());
-  (*client_->log)(LogLevel::Warn, "cannot read again after a compaction",
-                  {{"key", request_.key}, {"cause", to_string(snapshot.error())}});
-  resync_limit_ = (std::min)(resync_limit_ * 2, kLongestResync);
-  resync_later(backoff_.next());
-}
-
-/// Delivers the difference between what is known and `snapshot`: what was changed, in order, then
-/// what is gone.
-COORDINATION_API void RangeFeed::apply(Snapshot snapshot) {
-  auto port = port_.lock();
-  if (!port) return;
-  std::vector<WatchEvent> events;
-  std::lock_guard<std::mutex> lock(mutex_);
-  std::set<std::string> present;
-  bool all_anew = std::exchange(all_anew_, false);
-  for (auto& kv : snapshot.kvs) {
-    present.insert(kv.key);
-    auto it = known_.find(kv.key);
-    if (!all_anew && it != known_.end() && it->second.mod_revision == kv.mod_revision &&
-        it->second.create_revision == kv.create_revision) {
-      continue;
-    }
-    WatchEvent event;
-    if (it != known_.end()) event.prev_kv = it->second;
-    keep(kv);
-    event.revision = kv.mod_revision;
-    event.kv = std::move(kv);
-    events.push_back(std::move(event));
-  }
-  std::stable_sort(events.begin(), events.end(), [](const WatchEvent& a, const WatchEvent& b) {
-    return a.revision < b.revision;
-  });
-  for (auto it = known_.begin(); it != known_.end();) {
-    if (present.count(it->first) > 0) {
-      ++it;
-      continue;
-    }
-    WatchEvent event;
-    event.type = EventType::Delete;
-    event.revision = event.kv.mod_revision = snapshot.revision;
-    event.kv.key = it->first;
-    event.prev_kv = std::move(it->second);
-    events.push_back(std::move(event));
-    it = known_.erase(it);
-  }
-  if (mode_ == Mode::ByAge) sort_by_age(events);
-  revision_ = snapshot.revision;
-  heard_at_ = client_->clock->now();
-  for (auto& event : events) port->push(std::move(event));
-  port->moved(revision_);
-}
-
 /// A bounded queue of events, read by next() or by a handler. While it is read, more than its
 /// capacity may wait for a moment: a full queue costs a new stream.
-class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
+class Mailbox : public EventPort,
+                public SubscriptionState,
+                public std::enable_shared_from_this<Mailbox> {
  public:
   using Handler = std::function<void(WatchEvent)>;
 
@@ -7999,7 +7858,7 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
     ended_.emplace(strand_);
     handler_ = std::move(handler);
   }
-  void on_end(std::function<void(const Error&)> handler) {
+  void on_end(std::function<void(const Error&)> handler) override {
     if (ended_) ended_->add(std::move(handler));
   }
 
@@ -8050,7 +7909,7 @@ class Mailbox : public EventPort, public std::enable_shared_from_this<Mailbox> {
     return end_ ? *end_ : make_error(ErrorCode::Conflict, "another reader was faster");
   }
 
-  void cancel() {
+  void cancel() override {
     {
       std::lock_guard<std::mutex> lock(gate_.mutex);
       end_ = make_error(ErrorCode::Cancelled, "the watch was cancelled");
@@ -8130,18 +7989,6 @@ class MailboxSource : public EventSource<Event> {
   Decode decode_;
 };
 
-class MailboxSubscription : public SubscriptionState {
- public:
-  explicit MailboxSubscription(std::shared_ptr<Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
-  void cancel() override { mailbox_->cancel(); }
-  void on_end(std::function<void(const Error&)> handler) override {
-    mailbox_->on_end(std::move(handler));
-  }
-
- private:
-  std::shared_ptr<Mailbox> mailbox_;
-};
-
 /// How a watch is to be made; every watch function is one of the two below with one of these.
 template <class Event>
 struct WatchPlan {
@@ -8176,7 +8023,7 @@ Result<Subscription> subscribe(const WatchPlan<Event>& plan,
   });
   auto started = mailbox->start(plan.include_existing, ctx);
   if (!started) return mailbox->cancel(), started.error();
-  return Subscription(std::make_shared<MailboxSubscription>(std::move(mailbox)));
+  return Subscription(std::move(mailbox));
 }
 
 /// A live range without a queue: what is there now, and a handler that hears of changes.
@@ -10286,13 +10133,15 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
     auto self = weak.lock();
     if (!self) return false;
     self->leases->wake();
-    self->watches->wake();
+    self->watches->look_after_streams();
     self->executor->settle();
     return true;
   });
   client->clock->on_due([weak]() -> std::optional<SteadyTime> {
     auto self = weak.lock();
-    return self ? std::optional<SteadyTime>(self->leases->next_due()) : std::nullopt;
+    if (!self) return std::nullopt;
+    self->watches->settle();
+    return self->leases->next_due();
   });
   return client;
 }

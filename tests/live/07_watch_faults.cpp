@@ -168,7 +168,34 @@ std::set<std::int64_t> make_trouble(EtcdServer& etcd, TcpProxy& proxy, Writer& w
   return compactions;
 }
 
+/// Ends every stream as soon as something has come.
+class CuttingTransport : public CountingTransport {
+ public:
+  Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                               const Context& ctx) override {
+    if (!sink) return CountingTransport::perform(request, sink, ctx);
+    const ChunkSink once = [&](std::string_view piece) { return sink(piece), false; };
+    static_cast<void>(CountingTransport::perform(request, once, ctx));
+    return Error{ErrorCode::Connection, "it was cut", "", Outcome::MaybeApplied, 0};
+  }
+};
+
 }  // namespace
+
+TEST_CASE("watch: where streams are confirmed and cut there is no storm of requests [slow]") {
+  auto options = options_for(shared_etcd());
+  const auto cutting = std::make_shared<CuttingTransport>();
+  options.transport = cutting;
+  auto coordinator = connect(options);
+  auto lease = coordinator.client().grant(60s).value();
+  auto watch = coordinator.client().watch("k").value();
+  cutting->reset();
+  std::this_thread::sleep_for(8s);
+  MESSAGE(cutting->requests(), " requests in 8 s, ", cutting->requests("/v3/watch"), " streams");
+  CHECK(cutting->requests("/v3/watch") >= 3);
+  CHECK(cutting->requests() <= 40);
+  CHECK(lease.held());
+}
 
 TEST_CASE("watch: 50 cuts, two kills and compactions under 5000 writes [slow]") {
   EtcdServer etcd;
@@ -205,7 +232,7 @@ TEST_CASE("watch: 50 cuts, two kills and compactions under 5000 writes [slow]") 
   const auto truth = writer.truth();
   const auto last = truth.back();
   MESSAGE(truth.size(), " writes, ", proxy.accepted(), " connections");
-  CHECK(proxy.accepted() >= cuts);  // each cut has ended one
+  CHECK(proxy.accepted() >= cuts * 3 / 4);  // a cut may meet one that is about to end
 
   // The raw watch: everything once and in order, but for what it has said to be missing.
   wait_until([&] { return raw.seen.size() > 0 && raw.seen.all().back() == last; }, lenient(15s));

@@ -43,11 +43,6 @@ TEST_CASE("streams: one whose dead are as many as its living is swallowed") {
   CHECK_FALSE(next({{5, 50, Kind::Busy}}, 0));
 }
 
-TEST_CASE("streams: one that is lost is replaced, whatever its size") {
-  CHECK(next({{1000, 0, Kind::Lost}, {3, 0, Kind::Movable}}, 0) == Victims{0});
-  CHECK(next({{1000, 0, Kind::Lost}, {3, 0, Kind::Movable}}, 1) == Victims{0, 1});
-}
-
 TEST_CASE("streams: never more than five, but for those that must stay") {
   const StreamPolicy::Stream large{1000, 0, Kind::Movable}, busy{9, 0, Kind::Busy},
       stuck{9, 0, Kind::Stuck};
@@ -94,7 +89,9 @@ TEST_CASE("streams: some at once, then gathered, unless many have come") {
     CHECK(policy.next_opening(now, 1000, 1) == now);
     policy.opened(now);
   }
-  CHECK(policy.next_opening(now, 1000, 1) == now + 200ms + 125ms);
-  CHECK(policy.next_opening(now, 1000, 400) == now + 50ms);
+  CHECK(policy.next_opening(now, 1000, 1) == now + 200ms + 250ms);
+  CHECK(policy.next_opening(now, 100000, 1) == now + 200ms + 1000ms);
+  CHECK(policy.next_opening(now, 1000, 400) == now + 200ms + 250ms);
+  CHECK(policy.next_opening(now, 1000, 500) == now + 50ms);
   CHECK(policy.next_opening(now + 1s, 1000, 1) == now + 1s);
 }
