@@ -4630,6 +4630,18 @@ class HttplibTransport : public Transport {
   std::map<std::string, std::optional<Address>> known_;  // the address that worked the last time
 };
 
+// A library that was compiled with OpenSSL makes larger objects than a header that is not: they
+// would write over each other's memory. It has this destructor.
+#if !defined(CPPHTTPLIB_OPENSSL_SUPPORT) && defined(__ELF__) && defined(__GNUC__)
+extern "C" __attribute__((weak)) void coordination_httplib_with_tls() __asm__(
+    "_ZN7httplib9SSLClientD1Ev");
+COORDINATION_API bool is_httplib_of_another_kind() {
+  return coordination_httplib_with_tls != nullptr;
+}
+#else
+COORDINATION_API bool is_httplib_of_another_kind() { return false; }
+#endif
+
 COORDINATION_API void close_idle(Transport& transport) {
   if (auto* ours = dynamic_cast<HttplibTransport*>(&transport)) ours->close_idle();
 }
@@ -4638,26 +4650,38 @@ COORDINATION_API void close_idle(Transport& transport) {
 
 COORDINATION_API void close_idle(Transport&) {}
 
+#endif
+
+/// Says why there is none.
 class MissingTransport : public Transport {
  public:
+  explicit MissingTransport(Error why) : why_(std::move(why)) {}
   Result<HttpResponse> perform(const HttpRequest&, const ChunkSink&, const Context&) override {
-    return make_error(ErrorCode::Unavailable, "there is no transport",
-                      "built with COORDINATION_USE_HTTPLIB 0: set CoordinatorOptions::transport");
+    return why_;
   }
-};
 
-#endif
+ private:
+  const Error why_;
+};
 
 }  // namespace detail
 
 COORDINATION_API std::shared_ptr<Transport> make_default_transport(const TlsOptions& tls,
                                                                    const LimitOptions& limits) {
 #if COORDINATION_USE_HTTPLIB
-  return std::make_shared<detail::HttplibTransport>(tls, limits);
+  if (!detail::is_httplib_of_another_kind()) {
+    return std::make_shared<detail::HttplibTransport>(tls, limits);
+  }
+  auto why = detail::make_error(ErrorCode::Validation, "cpp-httplib was built with other flags",
+                                "compile with -DCPPHTTPLIB_OPENSSL_SUPPORT, or all that"
+                                " `pkg-config --cflags cpp-httplib` says");
 #else
   static_cast<void>(tls), static_cast<void>(limits);
-  return std::make_shared<detail::MissingTransport>();
+  auto why = detail::make_error(
+      ErrorCode::Unavailable, "there is no transport",
+      "built with COORDINATION_USE_HTTPLIB 0: set CoordinatorOptions::transport");
 #endif
+  return std::make_shared<detail::MissingTransport>(std::move(why));
 }
 
 // == 5. Client ==================================================================================

@@ -73,6 +73,12 @@ case $check in
     compile late.o "$here/late_implementation.cpp" "${compiled[@]}"
     link_and_run late.o
     ;;
+  forgotten_flags)  # where cpp-httplib is a library, and was built with OpenSSL
+    [[ ${LIBRARIES:-} == *cpp-httplib* ]] || { echo "SKIPPED: cpp-httplib is no library"; exit 77; }
+    options=()
+    compile forgotten_flags.o "$here/forgotten_flags.cpp"
+    link_and_run forgotten_flags.o
+    ;;
   no_httplib)
     options=(-DCOORDINATION_USE_HTTPLIB=0)
     libraries=()
