@@ -42,6 +42,22 @@
 
 // == A. Configuration ===========================================================================
 
+// Macros of X11, AssertMacros.h and Arduino that would break this file are put aside until its end.
+#pragma push_macro("None")
+#undef None
+#pragma push_macro("Status")
+#undef Status
+#pragma push_macro("Debug")
+#undef Debug
+#pragma push_macro("Info")
+#undef Info
+#pragma push_macro("check")
+#undef check
+#pragma push_macro("verify")
+#undef verify
+#pragma push_macro("delay")
+#undef delay
+
 #ifndef COORDINATION_HPP
 #define COORDINATION_HPP
 
@@ -161,9 +177,9 @@ class [[nodiscard]] Result {
   T* operator->() { return get(); }
   const T* operator->() const { return get(); }
 
-  T& value() & { return require(), *get(); }
-  const T& value() const& { return require(), *get(); }
-  T value() && { return require(), std::move(*get()); }  // by value: safe in a range-for
+  T& value() & { return demand(), *get(); }
+  const T& value() const& { return demand(), *get(); }
+  T value() && { return demand(), std::move(*get()); }  // by value: safe in a range-for
 
   template <class U>
   T value_or(U&& other) const& {
@@ -185,7 +201,7 @@ class [[nodiscard]] Result {
     return std::get_if<0>(&state_);
   }
   const T* get() const { return const_cast<Result*>(this)->get(); }
-  void require() const {
+  void demand() const {
     if (!has_value()) detail::raise(error());
   }
 
@@ -422,6 +438,9 @@ class Transport {
   /// Errors:  outcome NotApplied only if not one byte of the request can have reached the member.
   virtual Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
                                        const Context& ctx) = 0;
+  /// Closes what is kept open for the next request. A Coordinator that closes asks for it, unless
+  /// the transport was given to it and so may be another one's, too.
+  virtual void close_idle() {}
 };
 
 /// The Transport on cpp-httplib: pooled keep-alive connections, TCP_NODELAY, TLS by OpenSSL. All
@@ -1615,6 +1634,7 @@ COORDINATION_API std::string to_string(const Error& error) {
   return text;
 }
 
+#if defined(__cpp_rtti) || defined(_CPPRTTI)  // without, who uses these two does not link
 COORDINATION_API bool is_coordination_error(const std::exception& e) {
   return dynamic_cast<const CoordinationError*>(&e) != nullptr;
 }
@@ -1623,6 +1643,7 @@ COORDINATION_API ErrorCode get_error_code(const std::exception& e) {
   auto* error = dynamic_cast<const CoordinationError*>(&e);
   return error ? error->code() : ErrorCode::Internal;
 }
+#endif
 
 namespace detail {
 
@@ -4437,9 +4458,9 @@ class HttplibTransport : public Transport {
  public:
   HttplibTransport(const TlsOptions& tls, const LimitOptions& limits)
       : tls_(tls), limits_(limits) {}
-  ~HttplibTransport() override { close_idle(); }
+  ~HttplibTransport() override { HttplibTransport::close_idle(); }
 
-  void close_idle() {
+  void close_idle() override {
     NoSigpipe guard;  // TLS says farewell, perhaps to somebody who has gone
     std::map<std::string, std::vector<Held>> closed;  // destroyed outside the lock
     std::lock_guard<std::mutex> lock(mutex_);
@@ -4641,14 +4662,6 @@ COORDINATION_API bool is_httplib_of_another_kind() {
 #else
 COORDINATION_API bool is_httplib_of_another_kind() { return false; }
 #endif
-
-COORDINATION_API void close_idle(Transport& transport) {
-  if (auto* ours = dynamic_cast<HttplibTransport*>(&transport)) ours->close_idle();
-}
-
-#else
-
-COORDINATION_API void close_idle(Transport&) {}
 
 #endif
 
@@ -6001,7 +6014,7 @@ struct LeaseState {
 
   void renewed(SteadyTime sent, std::int64_t seconds) {
     auto longest = std::chrono::duration_cast<std::chrono::seconds>(kLongest).count();
-    auto granted = std::chrono::seconds((std::min)(seconds, longest));
+    auto granted = std::chrono::seconds((std::min<std::int64_t>)(seconds, longest));
     ttl_ms = milliseconds(granted).count();
     auto until = sent + granted;
     raise_to(deadline_ns, std::chrono::nanoseconds{until.time_since_epoch()}.count());
@@ -10207,7 +10220,7 @@ COORDINATION_API void close_coordinator(CoordinatorState& state,
   client.leases->close(now + left * 7 / 10);
   client.open.cancel();
   client.executor->stop(now + left * 19 / 20, *client.log, patience);
-  if (!client.options.transport) close_idle(*client.transport);
+  if (!client.options.transport) client.transport->close_idle();
   std::lock_guard<std::mutex> lock(state.mutex);
   state.closed = true;
   state.changed.notify_all();
@@ -11780,3 +11793,11 @@ COORDINATION_API void MemoryEtcd::shut_down() { partition(); }
 
 #endif  // COORDINATION_IMPLEMENTED
 #endif  // COORDINATION_HEADER_ONLY || COORDINATION_IMPLEMENTATION
+
+#pragma pop_macro("None")
+#pragma pop_macro("Status")
+#pragma pop_macro("Debug")
+#pragma pop_macro("Info")
+#pragma pop_macro("check")
+#pragma pop_macro("verify")
+#pragma pop_macro("delay")

@@ -10,6 +10,8 @@ have() {
     ninja-build) command -v ninja || command -v make ;;
     clang) command -v clang++ ;;
     libclang-rt-dev) echo 'int main() {}' | clang++ -fsanitize=address -x c++ - -o /dev/null ;;
+    libc++-dev) echo '#include <vector>' | clang++ -stdlib=libc++ -fsyntax-only -x c++ - ;;
+    libc++abi-dev) echo 'int main() {}' | clang++ -stdlib=libc++ -x c++ - -o /dev/null ;;
     g++-mingw-w64-x86-64-posix) command -v x86_64-w64-mingw32-g++-posix ;;
     binutils) command -v nm ;;
     etcd-server) command -v etcd ;;

@@ -86,13 +86,31 @@ case $check in
     if grep -iE 'httplib\.h|openssl/' "$out/needs"; then fail "these headers are still needed"; fi
     link_and_run none.o
     ;;
-  no_rtti)  # the users; the implementation needs it
+  no_rtti)  # a user's file, and with the implementation
     compile use.o "$here/use.cpp" "${compiled[@]}" -fno-rtti
     link_and_run use.o "$COMPILED"
+    options+=(-fno-rtti -fno-exceptions -DCPPHTTPLIB_NO_EXCEPTIONS)
+    compile use.o "$here/use.cpp" "${compiled[@]}"
+    compile implementation.o "$here/implementation.cpp" "${compiled[@]}"
+    link_and_run use.o implementation.o
+    ;;
+  libcxx)  # cpp-httplib is compiled for libstdc++ where it is a library
+    flags=(-stdlib=libc++)
+    echo '#include <vector>' | "$compiler" "${flags[@]}" -x c++ -fsyntax-only - 2> /dev/null ||
+      { echo "SKIPPED: $compiler has no libc++"; exit 77; }
+    compile implementation.o "$here/implementation.cpp" "${compiled[@]}" "${flags[@]}"
+    options=(-DCOORDINATION_USE_HTTPLIB=0)
+    libraries=("${flags[@]}")
+    compile none.o "$here/no_httplib.cpp" "${flags[@]}"
+    link_and_run none.o
     ;;
   no_exceptions)
     compile use.o "$here/use.cpp" "${compiled[@]}" -fno-exceptions
     link_and_run use.o "$COMPILED"
+    ;;
+  foreign_macros)  # in a user's file; the implementation has its own
+    compile foreign_macros.o "$here/foreign_macros.cpp" "${compiled[@]}"
+    link_and_run foreign_macros.o "$COMPILED"
     ;;
   min_max)
     compile min_max.o "$here/min_max.cpp"
