@@ -95,7 +95,11 @@
 #include <variant>
 #include <vector>
 
+#if __has_include(<nlohmann/json_fwd.hpp>)
 #include <nlohmann/json_fwd.hpp>  // who uses values of ConfigCenter includes <nlohmann/json.hpp>
+#else
+#include <nlohmann/json.hpp>
+#endif
 
 namespace coordination {
 inline namespace v0 {
@@ -4650,6 +4654,17 @@ class HttplibTransport : public Transport {
   std::map<std::string, std::vector<Held>> idle_;
   std::map<std::string, std::optional<Address>> known_;  // the address that worked the last time
 };
+
+constexpr int httplib_minor(std::string_view version) {
+  int number = 0;
+  for (char c : version.substr(version.find('.') + 1)) {
+    if (c < '0' || c > '9') break;
+    number = number * 10 + (c - '0');
+  }
+  return number;
+}
+static_assert(CPPHTTPLIB_VERSION[0] != '0' || httplib_minor(CPPHTTPLIB_VERSION) >= 11,
+              "coordination.hpp needs cpp-httplib 0.11 or newer");
 
 // A library that was compiled with OpenSSL makes larger objects than a header that is not: they
 // would write over each other's memory. It has this destructor.
