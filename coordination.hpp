@@ -77,6 +77,11 @@
 #define COORDINATION_USE_HTTPLIB 1
 #endif
 
+// 0: without MemoryEtcd, the etcd in memory for tests: a quarter less to compile.
+#ifndef COORDINATION_MEMORY_ETCD
+#define COORDINATION_MEMORY_ETCD 1
+#endif
+
 #include <cassert>
 #include <chrono>
 #include <cstddef>
@@ -1386,8 +1391,10 @@ class [[nodiscard]] Coordinator {
   /// Errors: Validation; PermissionDenied; Connection, Timeout or Unavailable if no member served.
   static Result<Coordinator> connect(CoordinatorOptions options = default_coordinator_options(),
                                      Context ctx = {});
+#if COORDINATION_MEMORY_ETCD
   /// A Coordinator over a new MemoryEtcd: no server is needed, and nothing outlives the process.
   static Coordinator in_memory();
+#endif
 
   // Copies of them may outlive the Coordinator; after a move they are the new one's.
   DistributedLock& lock() & { return lock_; }
@@ -1450,6 +1457,7 @@ Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx = 
 
 // == 14. MemoryEtcd =============================================================================
 
+#if COORDINATION_MEMORY_ETCD
 namespace detail {
 class MemoryStore;
 }
@@ -1529,6 +1537,8 @@ class MemoryEtcd : public Transport {
   void shut_down();
   std::shared_ptr<detail::MemoryStore> store_;
 };
+
+#endif  // COORDINATION_MEMORY_ETCD
 
 }  // namespace v0
 }  // namespace coordination
@@ -3132,463 +3142,6 @@ COORDINATION_API Json decode_config(const std::string& bytes) {
 }
 
 }  // namespace detail::wire
-
-// The gateway's half: what MemoryEtcd reads and writes.
-
-namespace detail::wire::gateway {
-
-/// An answer of etcd's that is an error.
-struct Refusal {
-  int status;  // of HTTP
-  int code;    // of gRPC
-  const char* message;
-};
-
-namespace refused {
-inline constexpr Refusal kBadJson{400, 3, "proto: syntax error, or a field of the wrong type"};
-inline constexpr Refusal kEmptyKey{400, 3, "etcdserver: key is not provided"};
-inline constexpr Refusal kEmptyUser{400, 3, "etcdserver: user name is empty"};
-inline constexpr Refusal kKeyNotFound{400, 3, "etcdserver: key not found"};
-inline constexpr Refusal kValueGiven{400, 3, "etcdserver: value is provided"};
-inline constexpr Refusal kLeaseGiven{400, 3, "etcdserver: lease is provided"};
-inline constexpr Refusal kDuplicateKey{400, 3, "etcdserver: duplicate key given in txn request"};
-inline constexpr Refusal kTooManyOps{400, 3, "etcdserver: too many operations in txn request"};
-inline constexpr Refusal kTooLarge{400, 3, "etcdserver: request is too large"};
-inline constexpr Refusal kFarTooLarge{429, 8, "grpc: received message larger than max"};
-inline constexpr Refusal kWrongPassword{
-    400, 3, "etcdserver: authentication failed, invalid user ID or password"};
-inline constexpr Refusal kNotFound{404, 5, "Not Found"};
-inline constexpr Refusal kLeaseNotFound{404, 5, "etcdserver: requested lease not found"};
-inline constexpr Refusal kDenied{403, 7, "etcdserver: permission denied"};
-inline constexpr Refusal kLeaseExists{400, 9, "etcdserver: lease already exists"};
-inline constexpr Refusal kAuthIsOff{400, 9, "etcdserver: authentication is not enabled"};
-inline constexpr Refusal kCompacted{400, 11,
-                                    "etcdserver: mvcc: required revision has been compacted"};
-inline constexpr Refusal kFuture{400, 11,
-                                 "etcdserver: mvcc: required revision is a future revision"};
-inline constexpr Refusal kTtlTooLarge{400, 11, "etcdserver: too large lease TTL"};
-inline constexpr Refusal kNoLeader{503, 14, "etcdserver: no leader"};
-inline constexpr Refusal kBadToken{401, 16, "etcdserver: invalid auth token"};
-}  // namespace refused
-
-// Requests and answers that Part B has no struct for.
-struct CompactRequest {
-  std::int64_t revision{0};
-};
-struct GrantRequest {
-  std::int64_t id{0};
-  std::int64_t ttl{0};  // seconds, as all of etcd's
-};
-struct RevokeRequest {
-  std::int64_t id{0};
-};
-struct KeepAliveRequest {
-  std::int64_t id{0};
-};
-struct TimeToLiveRequest {
-  std::int64_t id{0};
-  bool keys{false};
-};
-struct LeasesRequest {};
-struct StatusRequest {};
-struct LoginRequest {
-  std::string name;
-  std::string password;
-};
-struct WatchCreate {
-  std::int64_t id{0};
-  std::string key;
-  std::string range_end;
-  std::int64_t start_revision{0};
-  bool prev_kv{false};
-  bool no_put{false}, no_delete{false};
-};
-/// One object in the body of a watch request.
-struct WatchOrder {
-  std::optional<WatchCreate> create;
-  std::optional<std::int64_t> cancel;
-  bool progress{false};
-};
-
-struct EmptyResponse {
-  std::int64_t revision{0};
-};
-struct LeaseResponse {
-  std::int64_t revision{0};
-  std::int64_t id{0};
-  std::int64_t ttl{0};  // of a lease that is gone: -1 from timetolive, 0 from keepalive
-  std::int64_t granted_ttl{0};
-  std::vector<std::string> keys{};
-};
-struct LeasesResponse {
-  std::int64_t revision{0};
-  std::vector<std::int64_t> ids;
-};
-struct LoginResponse {
-  std::int64_t revision{0};
-  std::string token;
-};
-
-/// What happened to a key at kv->mod_revision. A deletion has version 0.
-struct Change {
-  std::shared_ptr<const KeyValue> kv;
-  std::shared_ptr<const KeyValue> prev;  // null if there was none
-};
-/// One line of a watch stream.
-struct StreamLine {
-  std::int64_t revision{0};
-  std::int64_t watch_id{0};
-  bool created{false}, canceled{false};
-  std::string reason{};
-  std::int64_t compact_revision{0};
-  bool prev_kv{false};  // whether `changes` are to be written with their prev
-  std::vector<Change> changes{};
-};
-
-/// An enum, by name or number. An unknown name is 0: so it is in etcd 3.5.
-COORDINATION_API int choice(const Json& value, std::initializer_list<const char*> names) {
-  if (value.is_number_integer()) return value.get<int>();
-  int index = 0;
-  for (const char* name : names) {
-    if (value == name) return index;
-    ++index;
-  }
-
-  return 0;
-}
-
-COORDINATION_API void decode(const Json& json, RangeRequest& to) {
-  to.key = bytes(json, "key");
-  to.range_end = bytes(json, "range_end");
-  to.limit = number(json, "limit");
-  to.revision = number(json, "revision");
-  to.sort_order = SortOrder(choice(member(json, "sort_order"), {"NONE", "ASCEND", "DESCEND"}));
-  to.sort_target =
-      SortTarget(choice(member(json, "sort_target"), {"KEY", "VERSION", "CREATE", "MOD", "VALUE"}));
-  to.serializable = flag(json, "serializable");
-  to.keys_only = flag(json, "keys_only");
-  to.count_only = flag(json, "count_only");
-  to.min_mod_revision = number(json, "min_mod_revision");
-  to.max_mod_revision = number(json, "max_mod_revision");
-  to.min_create_revision = number(json, "min_create_revision");
-  to.max_create_revision = number(json, "max_create_revision");
-}
-
-COORDINATION_API void decode(const Json& json, PutRequest& to) {
-  to.key = bytes(json, "key");
-  to.value = bytes(json, "value");
-  to.lease = number(json, "lease");
-  to.prev_kv = flag(json, "prev_kv");
-  to.ignore_value = flag(json, "ignore_value");
-  to.ignore_lease = flag(json, "ignore_lease");
-}
-
-COORDINATION_API void decode(const Json& json, RemoveRequest& to) {
-  to.key = bytes(json, "key");
-  to.range_end = bytes(json, "range_end");
-  to.prev_kv = flag(json, "prev_kv");
-}
-
-COORDINATION_API void decode(const Json& json, Compare& to) {
-  static constexpr const char* kFields[] = {"version", "create_revision", "mod_revision", "value",
-                                            "lease"};
-  to.key = bytes(json, "key");
-  to.range_end = bytes(json, "range_end");
-  to.is = Compare::Is(choice(member(json, "result"), {"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}));
-  const int target = choice(member(json, "target"), {"VERSION", "CREATE", "MOD", "VALUE", "LEASE"});
-  to.target = static_cast<Compare::Target>(target);
-  to.bytes = bytes(json, "value");
-  if (target >= 0 && target < 5) to.number = number(json, kFields[target]);
-}
-
-COORDINATION_API void decode(const Json& json, Txn& to);
-
-template <class Request>
-Request decode_as(const Json& json) {
-  Request request;
-  decode(json, request);
-  return request;
-}
-
-/// An operation of no known kind becomes a Txn that is null.
-COORDINATION_API Op decode_op(const Json& json) {
-  const auto field = [&json](const char* name) -> const Json& { return member(json, name); };
-  const Json& range = field("request_range");
-  if (!range.is_null()) return {decode_as<RangeRequest>(range)};
-  const Json& put = field("request_put");
-  if (!put.is_null()) return {decode_as<PutRequest>(put)};
-  const Json& remove = field("request_delete_range");
-  if (!remove.is_null()) return {decode_as<RemoveRequest>(remove)};
-  const Json& txn = field("request_txn");
-  if (!txn.is_null()) return {std::make_shared<const Txn>(decode_as<Txn>(txn))};
-  return {std::shared_ptr<const Txn>()};
-}
-
-COORDINATION_API void decode(const Json& json, Txn& to) {
-  for (const Json& compare : member(json, "compare")) to.when(decode_as<Compare>(compare));
-  for (const Json& op : member(json, "success")) to.then(decode_op(op));
-  for (const Json& op : member(json, "failure")) to.otherwise(decode_op(op));
-}
-
-COORDINATION_API void decode(const Json& json, CompactRequest& to) {
-  to.revision = number(json, "revision");
-}
-
-COORDINATION_API void decode(const Json& json, GrantRequest& to) {
-  to.id = number(json, "ID");
-  to.ttl = number(json, "TTL");
-}
-
-COORDINATION_API void decode(const Json& json, RevokeRequest& to) { to.id = number(json, "ID"); }
-
-COORDINATION_API void decode(const Json& json, KeepAliveRequest& to) { to.id = number(json, "ID"); }
-
-COORDINATION_API void decode(const Json& json, TimeToLiveRequest& to) {
-  to.id = number(json, "ID");
-  to.keys = flag(json, "keys");
-}
-
-COORDINATION_API void decode(const Json&, LeasesRequest&) {}
-COORDINATION_API void decode(const Json&, StatusRequest&) {}
-
-COORDINATION_API void decode(const Json& json, LoginRequest& to) {
-  to.name = text(json, "name");
-  to.password = text(json, "password");
-}
-
-COORDINATION_API void decode(const Json& json, WatchCreate& to) {
-  to.id = number(json, "watch_id");
-  to.key = bytes(json, "key");
-  to.range_end = bytes(json, "range_end");
-  to.start_revision = number(json, "start_revision");
-  to.prev_kv = flag(json, "prev_kv");
-  for (const Json& filter : member(json, "filters")) {
-    (choice(filter, {"NOPUT", "NODELETE"}) == 0 ? to.no_put : to.no_delete) = true;
-  }
-}
-
-COORDINATION_API void decode(const Json& json, WatchOrder& to) {
-  const Json& create = member(json, "create_request");
-  if (!create.is_null()) to.create = decode_as<WatchCreate>(create);
-  const Json& cancel = member(json, "cancel_request");
-  if (!cancel.is_null()) to.cancel = number(cancel, "watch_id");
-  to.progress = !member(json, "progress_request").is_null();
-}
-
-/// Cuts the first JSON object off `input`; empty if there is none, or no whole one.
-COORDINATION_API std::string_view take_object(std::string_view& input) {
-  const auto begin = input.find_first_not_of(" \t\r\n");
-  if (begin == std::string_view::npos || input[begin] != '{') return {};
-  int depth = 0;
-  bool in_string = false;
-  for (std::size_t i = begin; i < input.size(); ++i) {
-    const char c = input[i];
-    if (in_string && c == '\\') {
-      ++i;
-    } else if (c == '"') {
-      in_string = !in_string;
-    } else if (!in_string) {
-      depth += c == '{' ? 1 : c == '}' ? -1 : 0;
-      if (depth > 0) continue;
-      const std::string_view object = input.substr(begin, i + 1 - begin);
-      input.remove_prefix(i + 1);
-      return object;
-    }
-  }
-
-  return {};
-}
-
-/// The one request in a body; empty if that is malformed.
-template <class Request>
-std::optional<Request> decode_body(std::string_view body) {
-  if (body.empty()) return Request();
-  const std::optional<Json> json = parse(take_object(body));
-  if (!json) return std::nullopt;
-  return decode_as<Request>(*json);
-}
-
-/// The requests of a streaming call; the first that is malformed ends them, as in etcd.
-template <class Request>
-std::vector<Request> decode_stream(std::string_view body) {
-  std::vector<Request> requests;
-  while (const std::optional<Json> json = parse(take_object(body))) {
-    requests.push_back(decode_as<Request>(*json));
-  }
-
-  return requests;
-}
-
-COORDINATION_API Json with_header(std::int64_t revision) {
-  Json header = {{"raft_term", "2"}};
-  set(header, "revision", revision);
-  return {{"header", std::move(header)}};
-}
-
-COORDINATION_API Json encode(const KeyValue& kv) {
-  Json out = Json::object();
-  set_bytes(out, "key", kv.key);
-  set_bytes(out, "value", kv.value);
-  set(out, "create_revision", kv.create_revision);
-  set(out, "mod_revision", kv.mod_revision);
-  set(out, "version", kv.version);
-  set(out, "lease", kv.lease);
-  return out;
-}
-
-COORDINATION_API void set_list(Json& out, const char* name, const std::vector<KeyValue>& kvs) {
-  for (const KeyValue& kv : kvs) out[name].push_back(encode(kv));
-}
-
-COORDINATION_API Json encode(const RangeResponse& response) {
-  Json out = with_header(response.revision);
-  set_list(out, "kvs", response.kvs);
-  set(out, "more", response.more);
-  set(out, "count", response.count);
-  return out;
-}
-
-COORDINATION_API Json encode(const PutResponse& response) {
-  Json out = with_header(response.revision);
-  if (response.prev_kv) out["prev_kv"] = encode(*response.prev_kv);
-  return out;
-}
-
-COORDINATION_API Json encode(const RemoveResponse& response) {
-  Json out = with_header(response.revision);
-  set(out, "deleted", response.deleted);
-  set_list(out, "prev_kvs", response.prev_kvs);
-  return out;
-}
-
-COORDINATION_API Json encode(const TxnResponse& response);
-
-COORDINATION_API Json encode(const OpResponse& response) {
-  const auto op = [](const char* name, Json inner, std::int64_t revision) {
-    inner["header"] = Json::object();
-    set(inner["header"], "revision", revision);
-    Json json = {{name, std::move(inner)}};
-    return json;
-  };
-  if (auto* range = std::get_if<RangeResponse>(&response)) {
-    return op("response_range", encode(*range), range->revision);
-  }
-
-  if (auto* put = std::get_if<PutResponse>(&response)) {
-    return op("response_put", encode(*put), put->revision);
-  }
-
-  if (auto* remove = std::get_if<RemoveResponse>(&response)) {
-    return op("response_delete_range", encode(*remove), remove->revision);
-  }
-
-  return op("response_txn", encode(**std::get_if<3>(&response)), 0);
-}
-
-COORDINATION_API Json encode(const TxnResponse& response) {
-  Json out = with_header(response.revision);
-  set(out, "succeeded", response.succeeded);
-  for (const OpResponse& op : response.responses) out["responses"].push_back(encode(op));
-  return out;
-}
-
-COORDINATION_API Json encode(const EmptyResponse& response) {
-  return with_header(response.revision);
-}
-
-COORDINATION_API Json encode(const LeaseResponse& response) {
-  Json out = with_header(response.revision);
-  set(out, "ID", response.id);
-  set(out, "TTL", response.ttl);
-  set(out, "grantedTTL", response.granted_ttl);
-  for (const std::string& key : response.keys) out["keys"].push_back(base64_encode(key));
-  return out;
-}
-
-COORDINATION_API Json encode(const LeasesResponse& response) {
-  Json out = with_header(response.revision);
-  for (const std::int64_t id : response.ids) {
-    out["leases"].push_back({{"ID", std::to_string(id)}});
-  }
-
-  return out;
-}
-
-COORDINATION_API Json encode(const LoginResponse& response) {
-  Json out = with_header(response.revision);
-  out["token"] = response.token;
-  return out;
-}
-
-COORDINATION_API Json encode(const Status& status) {
-  Json out = with_header(status.revision);
-  out["version"] = status.version;
-  set(out, "dbSize", status.db_size);
-  set(out, "leader", static_cast<std::int64_t>(status.leader));
-  set(out, "raftTerm", static_cast<std::int64_t>(status.raft_term));
-  return out;
-}
-
-COORDINATION_API Json encode(const Change& change, bool prev_kv) {
-  Json out = {{"kv", encode(*change.kv)}};
-  if (change.kv->version == 0) out["type"] = "DELETE";
-  if (prev_kv && change.prev) out["prev_kv"] = encode(*change.prev);
-  return out;
-}
-
-COORDINATION_API Json encode(const StreamLine& line) {
-  Json out = with_header(line.revision);
-  set(out, "watch_id", line.watch_id);
-  set(out, "created", line.created);
-  set(out, "canceled", line.canceled);
-  set(out, "compact_revision", line.compact_revision);
-  if (!line.reason.empty()) out["cancel_reason"] = line.reason;
-  for (const Change& change : line.changes) {
-    out["events"].push_back(encode(change, line.prev_kv));
-  }
-
-  return out;
-}
-
-/// With whose answer it is.
-template <class Response>
-Json encode_from(std::uint64_t cluster_id, const Response& response) {
-  Json out = encode(response);
-  out["header"]["cluster_id"] = std::to_string(cluster_id);
-  out["header"]["member_id"] = "1";
-  return out;
-}
-
-/// The body of a unary answer.
-template <class Response>
-std::string write_body(std::uint64_t cluster_id, const Response& response) {
-  return dump(encode_from(cluster_id, response));
-}
-
-/// One line of a streamed answer.
-template <class Response>
-std::string write_line(std::uint64_t cluster_id, const Response& response) {
-  return dump({{"result", encode_from(cluster_id, response)}}) + '\n';
-}
-
-COORDINATION_API std::string error_body(const Refusal& refusal) {
-  return dump({{"code", refusal.code}, {"message", refusal.message}});
-}
-
-COORDINATION_API std::string error_line(const Refusal& refusal) {
-  const Json error = {{"code", refusal.code}, {"message", refusal.message}};
-  return dump({{"error", error}}) + '\n';
-}
-
-/// What a watch that is refused gives as its reason.
-COORDINATION_API std::string watch_reason(const Refusal& refusal) {
-  const char* name = refusal.code == 3    ? "InvalidArgument"
-                     : refusal.code == 16 ? "Unauthenticated"
-                                          : "PermissionDenied";
-  return std::string("rpc error: code = ") + name + " desc = " + refusal.message;
-}
-
-}  // namespace detail::wire::gateway
 
 // == 4. Transport ===============================================================================
 
@@ -10346,12 +9899,6 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
   return coordinator;
 }
 
-COORDINATION_API Coordinator Coordinator::in_memory() {
-  CoordinatorOptions options;
-  options.transport = std::make_shared<MemoryEtcd>();
-  return connect(std::move(options)).value();
-}
-
 COORDINATION_API Coordinator::Coordinator(std::shared_ptr<detail::CoordinatorState> state)
     : state_(std::move(state)), lock_(state_), registry_(state_), config_(state_),
       election_(state_), client_(state_->client) {}
@@ -10521,6 +10068,465 @@ COORDINATION_API Result<std::vector<std::string>> list_configs(std::string prefi
 }
 
 // == 14. MemoryEtcd =============================================================================
+
+#if COORDINATION_MEMORY_ETCD
+
+// The gateway's half of Wire: what MemoryEtcd reads and writes.
+
+namespace detail::wire::gateway {
+
+/// An answer of etcd's that is an error.
+struct Refusal {
+  int status;  // of HTTP
+  int code;    // of gRPC
+  const char* message;
+};
+
+namespace refused {
+inline constexpr Refusal kBadJson{400, 3, "proto: syntax error, or a field of the wrong type"};
+inline constexpr Refusal kEmptyKey{400, 3, "etcdserver: key is not provided"};
+inline constexpr Refusal kEmptyUser{400, 3, "etcdserver: user name is empty"};
+inline constexpr Refusal kKeyNotFound{400, 3, "etcdserver: key not found"};
+inline constexpr Refusal kValueGiven{400, 3, "etcdserver: value is provided"};
+inline constexpr Refusal kLeaseGiven{400, 3, "etcdserver: lease is provided"};
+inline constexpr Refusal kDuplicateKey{400, 3, "etcdserver: duplicate key given in txn request"};
+inline constexpr Refusal kTooManyOps{400, 3, "etcdserver: too many operations in txn request"};
+inline constexpr Refusal kTooLarge{400, 3, "etcdserver: request is too large"};
+inline constexpr Refusal kFarTooLarge{429, 8, "grpc: received message larger than max"};
+inline constexpr Refusal kWrongPassword{
+    400, 3, "etcdserver: authentication failed, invalid user ID or password"};
+inline constexpr Refusal kNotFound{404, 5, "Not Found"};
+inline constexpr Refusal kLeaseNotFound{404, 5, "etcdserver: requested lease not found"};
+inline constexpr Refusal kDenied{403, 7, "etcdserver: permission denied"};
+inline constexpr Refusal kLeaseExists{400, 9, "etcdserver: lease already exists"};
+inline constexpr Refusal kAuthIsOff{400, 9, "etcdserver: authentication is not enabled"};
+inline constexpr Refusal kCompacted{400, 11,
+                                    "etcdserver: mvcc: required revision has been compacted"};
+inline constexpr Refusal kFuture{400, 11,
+                                 "etcdserver: mvcc: required revision is a future revision"};
+inline constexpr Refusal kTtlTooLarge{400, 11, "etcdserver: too large lease TTL"};
+inline constexpr Refusal kNoLeader{503, 14, "etcdserver: no leader"};
+inline constexpr Refusal kBadToken{401, 16, "etcdserver: invalid auth token"};
+}  // namespace refused
+
+// Requests and answers that Part B has no struct for.
+struct CompactRequest {
+  std::int64_t revision{0};
+};
+struct GrantRequest {
+  std::int64_t id{0};
+  std::int64_t ttl{0};  // seconds, as all of etcd's
+};
+struct RevokeRequest {
+  std::int64_t id{0};
+};
+struct KeepAliveRequest {
+  std::int64_t id{0};
+};
+struct TimeToLiveRequest {
+  std::int64_t id{0};
+  bool keys{false};
+};
+struct LeasesRequest {};
+struct StatusRequest {};
+struct LoginRequest {
+  std::string name;
+  std::string password;
+};
+struct WatchCreate {
+  std::int64_t id{0};
+  std::string key;
+  std::string range_end;
+  std::int64_t start_revision{0};
+  bool prev_kv{false};
+  bool no_put{false}, no_delete{false};
+};
+/// One object in the body of a watch request.
+struct WatchOrder {
+  std::optional<WatchCreate> create;
+  std::optional<std::int64_t> cancel;
+  bool progress{false};
+};
+
+struct EmptyResponse {
+  std::int64_t revision{0};
+};
+struct LeaseResponse {
+  std::int64_t revision{0};
+  std::int64_t id{0};
+  std::int64_t ttl{0};  // of a lease that is gone: -1 from timetolive, 0 from keepalive
+  std::int64_t granted_ttl{0};
+  std::vector<std::string> keys{};
+};
+struct LeasesResponse {
+  std::int64_t revision{0};
+  std::vector<std::int64_t> ids;
+};
+struct LoginResponse {
+  std::int64_t revision{0};
+  std::string token;
+};
+
+/// What happened to a key at kv->mod_revision. A deletion has version 0.
+struct Change {
+  std::shared_ptr<const KeyValue> kv;
+  std::shared_ptr<const KeyValue> prev;  // null if there was none
+};
+/// One line of a watch stream.
+struct StreamLine {
+  std::int64_t revision{0};
+  std::int64_t watch_id{0};
+  bool created{false}, canceled{false};
+  std::string reason{};
+  std::int64_t compact_revision{0};
+  bool prev_kv{false};  // whether `changes` are to be written with their prev
+  std::vector<Change> changes{};
+};
+
+/// An enum, by name or number. An unknown name is 0: so it is in etcd 3.5.
+COORDINATION_API int choice(const Json& value, std::initializer_list<const char*> names) {
+  if (value.is_number_integer()) return value.get<int>();
+  int index = 0;
+  for (const char* name : names) {
+    if (value == name) return index;
+    ++index;
+  }
+
+  return 0;
+}
+
+COORDINATION_API void decode(const Json& json, RangeRequest& to) {
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.limit = number(json, "limit");
+  to.revision = number(json, "revision");
+  to.sort_order = SortOrder(choice(member(json, "sort_order"), {"NONE", "ASCEND", "DESCEND"}));
+  to.sort_target =
+      SortTarget(choice(member(json, "sort_target"), {"KEY", "VERSION", "CREATE", "MOD", "VALUE"}));
+  to.serializable = flag(json, "serializable");
+  to.keys_only = flag(json, "keys_only");
+  to.count_only = flag(json, "count_only");
+  to.min_mod_revision = number(json, "min_mod_revision");
+  to.max_mod_revision = number(json, "max_mod_revision");
+  to.min_create_revision = number(json, "min_create_revision");
+  to.max_create_revision = number(json, "max_create_revision");
+}
+
+COORDINATION_API void decode(const Json& json, PutRequest& to) {
+  to.key = bytes(json, "key");
+  to.value = bytes(json, "value");
+  to.lease = number(json, "lease");
+  to.prev_kv = flag(json, "prev_kv");
+  to.ignore_value = flag(json, "ignore_value");
+  to.ignore_lease = flag(json, "ignore_lease");
+}
+
+COORDINATION_API void decode(const Json& json, RemoveRequest& to) {
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.prev_kv = flag(json, "prev_kv");
+}
+
+COORDINATION_API void decode(const Json& json, Compare& to) {
+  static constexpr const char* kFields[] = {"version", "create_revision", "mod_revision", "value",
+                                            "lease"};
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.is = Compare::Is(choice(member(json, "result"), {"EQUAL", "GREATER", "LESS", "NOT_EQUAL"}));
+  const int target = choice(member(json, "target"), {"VERSION", "CREATE", "MOD", "VALUE", "LEASE"});
+  to.target = static_cast<Compare::Target>(target);
+  to.bytes = bytes(json, "value");
+  if (target >= 0 && target < 5) to.number = number(json, kFields[target]);
+}
+
+COORDINATION_API void decode(const Json& json, Txn& to);
+
+template <class Request>
+Request decode_as(const Json& json) {
+  Request request;
+  decode(json, request);
+  return request;
+}
+
+/// An operation of no known kind becomes a Txn that is null.
+COORDINATION_API Op decode_op(const Json& json) {
+  const auto field = [&json](const char* name) -> const Json& { return member(json, name); };
+  const Json& range = field("request_range");
+  if (!range.is_null()) return {decode_as<RangeRequest>(range)};
+  const Json& put = field("request_put");
+  if (!put.is_null()) return {decode_as<PutRequest>(put)};
+  const Json& remove = field("request_delete_range");
+  if (!remove.is_null()) return {decode_as<RemoveRequest>(remove)};
+  const Json& txn = field("request_txn");
+  if (!txn.is_null()) return {std::make_shared<const Txn>(decode_as<Txn>(txn))};
+  return {std::shared_ptr<const Txn>()};
+}
+
+COORDINATION_API void decode(const Json& json, Txn& to) {
+  for (const Json& compare : member(json, "compare")) to.when(decode_as<Compare>(compare));
+  for (const Json& op : member(json, "success")) to.then(decode_op(op));
+  for (const Json& op : member(json, "failure")) to.otherwise(decode_op(op));
+}
+
+COORDINATION_API void decode(const Json& json, CompactRequest& to) {
+  to.revision = number(json, "revision");
+}
+
+COORDINATION_API void decode(const Json& json, GrantRequest& to) {
+  to.id = number(json, "ID");
+  to.ttl = number(json, "TTL");
+}
+
+COORDINATION_API void decode(const Json& json, RevokeRequest& to) { to.id = number(json, "ID"); }
+
+COORDINATION_API void decode(const Json& json, KeepAliveRequest& to) { to.id = number(json, "ID"); }
+
+COORDINATION_API void decode(const Json& json, TimeToLiveRequest& to) {
+  to.id = number(json, "ID");
+  to.keys = flag(json, "keys");
+}
+
+COORDINATION_API void decode(const Json&, LeasesRequest&) {}
+COORDINATION_API void decode(const Json&, StatusRequest&) {}
+
+COORDINATION_API void decode(const Json& json, LoginRequest& to) {
+  to.name = text(json, "name");
+  to.password = text(json, "password");
+}
+
+COORDINATION_API void decode(const Json& json, WatchCreate& to) {
+  to.id = number(json, "watch_id");
+  to.key = bytes(json, "key");
+  to.range_end = bytes(json, "range_end");
+  to.start_revision = number(json, "start_revision");
+  to.prev_kv = flag(json, "prev_kv");
+  for (const Json& filter : member(json, "filters")) {
+    (choice(filter, {"NOPUT", "NODELETE"}) == 0 ? to.no_put : to.no_delete) = true;
+  }
+}
+
+COORDINATION_API void decode(const Json& json, WatchOrder& to) {
+  const Json& create = member(json, "create_request");
+  if (!create.is_null()) to.create = decode_as<WatchCreate>(create);
+  const Json& cancel = member(json, "cancel_request");
+  if (!cancel.is_null()) to.cancel = number(cancel, "watch_id");
+  to.progress = !member(json, "progress_request").is_null();
+}
+
+/// Cuts the first JSON object off `input`; empty if there is none, or no whole one.
+COORDINATION_API std::string_view take_object(std::string_view& input) {
+  const auto begin = input.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos || input[begin] != '{') return {};
+  int depth = 0;
+  bool in_string = false;
+  for (std::size_t i = begin; i < input.size(); ++i) {
+    const char c = input[i];
+    if (in_string && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      in_string = !in_string;
+    } else if (!in_string) {
+      depth += c == '{' ? 1 : c == '}' ? -1 : 0;
+      if (depth > 0) continue;
+      const std::string_view object = input.substr(begin, i + 1 - begin);
+      input.remove_prefix(i + 1);
+      return object;
+    }
+  }
+
+  return {};
+}
+
+/// The one request in a body; empty if that is malformed.
+template <class Request>
+std::optional<Request> decode_body(std::string_view body) {
+  if (body.empty()) return Request();
+  const std::optional<Json> json = parse(take_object(body));
+  if (!json) return std::nullopt;
+  return decode_as<Request>(*json);
+}
+
+/// The requests of a streaming call; the first that is malformed ends them, as in etcd.
+template <class Request>
+std::vector<Request> decode_stream(std::string_view body) {
+  std::vector<Request> requests;
+  while (const std::optional<Json> json = parse(take_object(body))) {
+    requests.push_back(decode_as<Request>(*json));
+  }
+
+  return requests;
+}
+
+COORDINATION_API Json with_header(std::int64_t revision) {
+  Json header = {{"raft_term", "2"}};
+  set(header, "revision", revision);
+  return {{"header", std::move(header)}};
+}
+
+COORDINATION_API Json encode(const KeyValue& kv) {
+  Json out = Json::object();
+  set_bytes(out, "key", kv.key);
+  set_bytes(out, "value", kv.value);
+  set(out, "create_revision", kv.create_revision);
+  set(out, "mod_revision", kv.mod_revision);
+  set(out, "version", kv.version);
+  set(out, "lease", kv.lease);
+  return out;
+}
+
+COORDINATION_API void set_list(Json& out, const char* name, const std::vector<KeyValue>& kvs) {
+  for (const KeyValue& kv : kvs) out[name].push_back(encode(kv));
+}
+
+COORDINATION_API Json encode(const RangeResponse& response) {
+  Json out = with_header(response.revision);
+  set_list(out, "kvs", response.kvs);
+  set(out, "more", response.more);
+  set(out, "count", response.count);
+  return out;
+}
+
+COORDINATION_API Json encode(const PutResponse& response) {
+  Json out = with_header(response.revision);
+  if (response.prev_kv) out["prev_kv"] = encode(*response.prev_kv);
+  return out;
+}
+
+COORDINATION_API Json encode(const RemoveResponse& response) {
+  Json out = with_header(response.revision);
+  set(out, "deleted", response.deleted);
+  set_list(out, "prev_kvs", response.prev_kvs);
+  return out;
+}
+
+COORDINATION_API Json encode(const TxnResponse& response);
+
+COORDINATION_API Json encode(const OpResponse& response) {
+  const auto op = [](const char* name, Json inner, std::int64_t revision) {
+    inner["header"] = Json::object();
+    set(inner["header"], "revision", revision);
+    Json json = {{name, std::move(inner)}};
+    return json;
+  };
+  if (auto* range = std::get_if<RangeResponse>(&response)) {
+    return op("response_range", encode(*range), range->revision);
+  }
+
+  if (auto* put = std::get_if<PutResponse>(&response)) {
+    return op("response_put", encode(*put), put->revision);
+  }
+
+  if (auto* remove = std::get_if<RemoveResponse>(&response)) {
+    return op("response_delete_range", encode(*remove), remove->revision);
+  }
+
+  return op("response_txn", encode(**std::get_if<3>(&response)), 0);
+}
+
+COORDINATION_API Json encode(const TxnResponse& response) {
+  Json out = with_header(response.revision);
+  set(out, "succeeded", response.succeeded);
+  for (const OpResponse& op : response.responses) out["responses"].push_back(encode(op));
+  return out;
+}
+
+COORDINATION_API Json encode(const EmptyResponse& response) {
+  return with_header(response.revision);
+}
+
+COORDINATION_API Json encode(const LeaseResponse& response) {
+  Json out = with_header(response.revision);
+  set(out, "ID", response.id);
+  set(out, "TTL", response.ttl);
+  set(out, "grantedTTL", response.granted_ttl);
+  for (const std::string& key : response.keys) out["keys"].push_back(base64_encode(key));
+  return out;
+}
+
+COORDINATION_API Json encode(const LeasesResponse& response) {
+  Json out = with_header(response.revision);
+  for (const std::int64_t id : response.ids) {
+    out["leases"].push_back({{"ID", std::to_string(id)}});
+  }
+
+  return out;
+}
+
+COORDINATION_API Json encode(const LoginResponse& response) {
+  Json out = with_header(response.revision);
+  out["token"] = response.token;
+  return out;
+}
+
+COORDINATION_API Json encode(const Status& status) {
+  Json out = with_header(status.revision);
+  out["version"] = status.version;
+  set(out, "dbSize", status.db_size);
+  set(out, "leader", static_cast<std::int64_t>(status.leader));
+  set(out, "raftTerm", static_cast<std::int64_t>(status.raft_term));
+  return out;
+}
+
+COORDINATION_API Json encode(const Change& change, bool prev_kv) {
+  Json out = {{"kv", encode(*change.kv)}};
+  if (change.kv->version == 0) out["type"] = "DELETE";
+  if (prev_kv && change.prev) out["prev_kv"] = encode(*change.prev);
+  return out;
+}
+
+COORDINATION_API Json encode(const StreamLine& line) {
+  Json out = with_header(line.revision);
+  set(out, "watch_id", line.watch_id);
+  set(out, "created", line.created);
+  set(out, "canceled", line.canceled);
+  set(out, "compact_revision", line.compact_revision);
+  if (!line.reason.empty()) out["cancel_reason"] = line.reason;
+  for (const Change& change : line.changes) {
+    out["events"].push_back(encode(change, line.prev_kv));
+  }
+
+  return out;
+}
+
+/// With whose answer it is.
+template <class Response>
+Json encode_from(std::uint64_t cluster_id, const Response& response) {
+  Json out = encode(response);
+  out["header"]["cluster_id"] = std::to_string(cluster_id);
+  out["header"]["member_id"] = "1";
+  return out;
+}
+
+/// The body of a unary answer.
+template <class Response>
+std::string write_body(std::uint64_t cluster_id, const Response& response) {
+  return dump(encode_from(cluster_id, response));
+}
+
+/// One line of a streamed answer.
+template <class Response>
+std::string write_line(std::uint64_t cluster_id, const Response& response) {
+  return dump({{"result", encode_from(cluster_id, response)}}) + '\n';
+}
+
+COORDINATION_API std::string error_body(const Refusal& refusal) {
+  return dump({{"code", refusal.code}, {"message", refusal.message}});
+}
+
+COORDINATION_API std::string error_line(const Refusal& refusal) {
+  const Json error = {{"code", refusal.code}, {"message", refusal.message}};
+  return dump({{"error", error}}) + '\n';
+}
+
+/// What a watch that is refused gives as its reason.
+COORDINATION_API std::string watch_reason(const Refusal& refusal) {
+  const char* name = refusal.code == 3    ? "InvalidArgument"
+                     : refusal.code == 16 ? "Unauthenticated"
+                                          : "PermissionDenied";
+  return std::string("rpc error: code = ") + name + " desc = " + refusal.message;
+}
+
+}  // namespace detail::wire::gateway
 
 namespace detail::memory {
 
@@ -11802,6 +11808,14 @@ COORDINATION_API Result<HttpResponse> MemoryEtcd::serve(const HttpRequest& reque
 }
 
 COORDINATION_API void MemoryEtcd::shut_down() { partition(); }
+
+COORDINATION_API Coordinator Coordinator::in_memory() {
+  CoordinatorOptions options;
+  options.transport = std::make_shared<MemoryEtcd>();
+  return connect(std::move(options)).value();
+}
+
+#endif  // COORDINATION_MEMORY_ETCD
 
 }  // namespace v0
 }  // namespace coordination

@@ -86,6 +86,11 @@ case $check in
     if grep -iE 'httplib\.h|openssl/' "$out/needs"; then fail "these headers are still needed"; fi
     link_and_run none.o
     ;;
+  no_memory_etcd)
+    options+=(-DCOORDINATION_MEMORY_ETCD=0)
+    compile none.o "$here/no_memory_etcd.cpp"
+    link_and_run none.o
+    ;;
   no_rtti)  # a user's file, and with the implementation
     compile use.o "$here/use.cpp" "${compiled[@]}" -fno-rtti
     link_and_run use.o "$COMPILED"
