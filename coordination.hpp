@@ -2574,20 +2574,27 @@ using Json = nlohmann::json;
 
 inline constexpr int kMaxDepth = 128;  // nlohmann copies and prints by recursion
 
-COORDINATION_API std::string base64_encode(std::string_view bytes) {
+COORDINATION_API void append_base64(std::string& out, std::string_view bytes) {
   static constexpr char kDigits[] =
       "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  std::string text;
-  text.reserve((bytes.size() + 2) / 3 * 4);
+  auto at = out.size();
+  out.resize(at + (bytes.size() + 2) / 3 * 4, '=');
   for (std::size_t i = 0; i < bytes.size(); i += 3) {
+    auto left = (std::min<std::size_t>)(bytes.size() - i, 3);
     std::uint32_t group = 0;
     for (std::size_t k = 0; k < 3; ++k) {
-      group = group << 8 | (i + k < bytes.size() ? static_cast<unsigned char>(bytes[i + k]) : 0u);
+      group = group << 8 | (k < left ? static_cast<unsigned char>(bytes[i + k]) : 0U);
     }
-    for (std::size_t k = 0; k < 4; ++k) {
-      text += i + k <= bytes.size() ? kDigits[group >> (18 - 6 * k) & 63] : '=';
+    for (std::size_t k = 0; k <= left; ++k, group <<= 6) {
+      out[at + k] = kDigits[group >> 18 & 63];
     }
+    at += 4;
   }
+}
+
+COORDINATION_API std::string base64_encode(std::string_view bytes) {
+  std::string text;
+  append_base64(text, bytes);
   return text;
 }
 
@@ -2706,139 +2713,170 @@ COORDINATION_API std::uint64_t cluster_id(const Json& reply) {
 
 // Requests.
 
-COORDINATION_API void set(Json& object, const char* name, std::int64_t value) {
-  if (value != 0) object[name] = std::to_string(value);
-}
+/// Writes one object, until its destructor. Numbers are strings; what is zero is left out.
+class Object {
+ public:
+  explicit Object(std::string& out) : out_(out) { out_ += '{'; }
+  ~Object() { out_ += '}'; }
+  Object(const Object&) = delete;
+  Object& operator=(const Object&) = delete;
 
-COORDINATION_API void set(Json& object, const char* name, bool value) {
-  if (value) object[name] = true;
-}
+  /// Where the value of a member is to be written.
+  std::string& member(const char* name) {
+    out_ += std::exchange(first_, false) ? "\"" : ",\"";
+    out_ += name;
+    return out_ += "\":";
+  }
+  /// Of what needs no escapes.
+  void text(const char* name, std::string_view value) {
+    member(name) += '"';
+    out_.append(value.data(), value.size()) += '"';
+  }
+  void number(const char* name, std::int64_t value) {
+    if (value != 0) text(name, std::to_string(value));
+  }
+  void flag(const char* name, bool value) {
+    if (value) member(name) += "true";
+  }
+  void bytes(const char* name, std::string_view value) {
+    if (value.empty()) return;
+    member(name) += '"';
+    append_base64(out_, value);
+    out_ += '"';
+  }
+  /// etcd cannot take an empty key where it begins a range of all keys: "\0" stands for it.
+  void range(const std::string& key, const std::string& end) {
+    bytes("key", key.empty() && !end.empty() ? std::string_view("\0", 1) : key);
+    bytes("range_end", end);
+  }
 
-COORDINATION_API void set_bytes(Json& object, const char* name, std::string_view value) {
-  if (!value.empty()) object[name] = base64_encode(value);
-}
+ private:
+  std::string& out_;
+  bool first_{true};
+};
 
-/// etcd cannot take an empty key where it begins a range of all keys: "\0" stands for it.
-COORDINATION_API void set_range(Json& object, const std::string& key, const std::string& end) {
-  set_bytes(object, "key", key.empty() && !end.empty() ? std::string_view("\0", 1) : key);
-  set_bytes(object, "range_end", end);
-}
-
-COORDINATION_API Json encode(const RangeRequest& request) {
+COORDINATION_API void encode(std::string& out, const RangeRequest& request) {
   static constexpr const char* kOrders[] = {"NONE", "ASCEND", "DESCEND"};
   static constexpr const char* kTargets[] = {"KEY", "VERSION", "CREATE", "MOD", "VALUE"};
-  Json json = Json::object();
-  set_range(json, request.key, request.range_end);
-  set(json, "limit", request.limit);
-  set(json, "revision", request.revision);
+  Object object(out);
+  object.range(request.key, request.range_end);
+  object.number("limit", request.limit);
+  object.number("revision", request.revision);
   if (request.sort_order != SortOrder::None || request.sort_target != SortTarget::Key) {
-    json["sort_order"] = kOrders[static_cast<int>(request.sort_order)];
-    json["sort_target"] = kTargets[static_cast<int>(request.sort_target)];
+    object.text("sort_order", kOrders[static_cast<int>(request.sort_order)]);
+    object.text("sort_target", kTargets[static_cast<int>(request.sort_target)]);
   }
-  set(json, "serializable", request.serializable);
-  set(json, "keys_only", request.keys_only);
-  set(json, "count_only", request.count_only);
-  set(json, "min_mod_revision", request.min_mod_revision);
-  set(json, "max_mod_revision", request.max_mod_revision);
-  set(json, "min_create_revision", request.min_create_revision);
-  set(json, "max_create_revision", request.max_create_revision);
-  return json;
+  object.flag("serializable", request.serializable);
+  object.flag("keys_only", request.keys_only);
+  object.flag("count_only", request.count_only);
+  object.number("min_mod_revision", request.min_mod_revision);
+  object.number("max_mod_revision", request.max_mod_revision);
+  object.number("min_create_revision", request.min_create_revision);
+  object.number("max_create_revision", request.max_create_revision);
 }
 
-COORDINATION_API Json encode(const PutRequest& request) {
-  Json json = Json::object();
-  set_bytes(json, "key", request.key);
-  if (!request.ignore_value) set_bytes(json, "value", request.value);
-  if (!request.ignore_lease) set(json, "lease", request.lease);
-  set(json, "prev_kv", request.prev_kv);
-  set(json, "ignore_value", request.ignore_value);
-  set(json, "ignore_lease", request.ignore_lease);
-  return json;
+COORDINATION_API void encode(std::string& out, const PutRequest& request) {
+  Object object(out);
+  object.bytes("key", request.key);
+  if (!request.ignore_value) object.bytes("value", request.value);
+  if (!request.ignore_lease) object.number("lease", request.lease);
+  object.flag("prev_kv", request.prev_kv);
+  object.flag("ignore_value", request.ignore_value);
+  object.flag("ignore_lease", request.ignore_lease);
 }
 
-COORDINATION_API Json encode(const RemoveRequest& request) {
-  Json json = Json::object();
-  set_range(json, request.key, request.range_end);
-  set(json, "prev_kv", request.prev_kv);
-  return json;
+COORDINATION_API void encode(std::string& out, const RemoveRequest& request) {
+  Object object(out);
+  object.range(request.key, request.range_end);
+  object.flag("prev_kv", request.prev_kv);
 }
 
-COORDINATION_API Json encode(const Compare& compare) {
+COORDINATION_API void encode(std::string& out, const Compare& compare) {
   // etcd 3.5 takes a name that it does not know for the first one, without a word.
   static constexpr const char* kResults[] = {"EQUAL", "GREATER", "LESS", "NOT_EQUAL"};
   static constexpr const char* kTargets[] = {"VERSION", "CREATE", "MOD", "VALUE", "LEASE"};
   static constexpr const char* kFields[] = {"version", "create_revision", "mod_revision", "value",
                                             "lease"};
   auto target = static_cast<int>(compare.target);
-  Json json = Json::object();
-  set_range(json, compare.key, compare.range_end);
-  json["result"] = kResults[static_cast<int>(compare.is)];
-  json["target"] = kTargets[target];
-  json[kFields[target]] = compare.target == Compare::Target::Value ? base64_encode(compare.bytes)
-                                                                   : std::to_string(compare.number);
-  return json;
+  bool of_value = compare.target == Compare::Target::Value;
+  Object object(out);
+  object.range(compare.key, compare.range_end);
+  object.text("result", kResults[static_cast<int>(compare.is)]);
+  object.text("target", kTargets[target]);
+  object.text(kFields[target],
+              of_value ? base64_encode(compare.bytes) : std::to_string(compare.number));
 }
 
-COORDINATION_API Json encode(const Txn& txn);
+COORDINATION_API void encode(std::string& out, const Txn& txn);
+COORDINATION_API void encode(std::string& out, const Op& op);
 
-struct EncodeOp {
-  Json operator()(const RangeRequest& r) const { return {{"request_range", encode(r)}}; }
-  Json operator()(const PutRequest& r) const { return {{"request_put", encode(r)}}; }
-  Json operator()(const RemoveRequest& r) const { return {{"request_delete_range", encode(r)}}; }
-  Json operator()(const std::shared_ptr<const Txn>& t) const {
-    return {{"request_txn", encode(*t)}};
+template <class Item>
+void encode(std::string& out, const std::vector<Item>& items) {
+  out += '[';
+  for (auto& item : items) {
+    if (&item != &items.front()) out += ',';
+    encode(out, item);
   }
-};
-
-COORDINATION_API Json encode(const std::vector<Op>& ops) {
-  Json json = Json::array();
-  for (const Op& op : ops) json.push_back(std::visit(EncodeOp{}, op.request));
-  return json;
+  out += ']';
 }
 
-COORDINATION_API Json encode(const Txn& txn) {
-  Json json = {{"success", encode(txn.success)}, {"failure", encode(txn.failure)}};
-  Json compares = Json::array();
-  for (const Compare& compare : txn.compare) compares.push_back(encode(compare));
-  json["compare"] = std::move(compares);
-  return json;
+COORDINATION_API void encode(std::string& out, const Op& op) {
+  static constexpr const char* kNames[] = {"request_range", "request_put", "request_delete_range",
+                                           "request_txn"};
+  Object object(out);
+  object.member(kNames[op.request.index()]);
+  if (auto* range = std::get_if<RangeRequest>(&op.request)) encode(out, *range);
+  if (auto* put = std::get_if<PutRequest>(&op.request)) encode(out, *put);
+  if (auto* remove = std::get_if<RemoveRequest>(&op.request)) encode(out, *remove);
+  auto* txn = std::get_if<std::shared_ptr<const Txn>>(&op.request);
+  if (txn) encode(out, **txn);
+}
+
+COORDINATION_API void encode(std::string& out, const Txn& txn) {
+  Object object(out);
+  encode(object.member("compare"), txn.compare);
+  encode(object.member("success"), txn.success);
+  encode(object.member("failure"), txn.failure);
 }
 
 template <class Request>
 std::string body(const Request& request) {
-  return dump(encode(request));
+  std::string out;
+  encode(out, request);
+  return out;
 }
 
 COORDINATION_API std::string compaction_body(std::int64_t revision) {
-  return dump({{"revision", std::to_string(revision)}});
+  return "{\"revision\":\"" + std::to_string(revision) + "\"}";
 }
 
 COORDINATION_API std::string grant_body(std::int64_t id, std::int64_t ttl_seconds) {
-  return dump({{"ID", std::to_string(id)}, {"TTL", std::to_string(ttl_seconds)}});
+  return "{\"ID\":\"" + std::to_string(id) + "\",\"TTL\":\"" + std::to_string(ttl_seconds) + "\"}";
 }
 
 COORDINATION_API std::string lease_body(std::int64_t id) {
-  return dump({{"ID", std::to_string(id)}});
+  return "{\"ID\":\"" + std::to_string(id) + "\"}";
 }
 
 COORDINATION_API std::string login_body(const std::string& name, const std::string& password) {
-  return dump({{"name", name}, {"password", password}});
+  return "{\"name\":" + dump(name) + ",\"password\":" + dump(password) + "}";
 }
 
 COORDINATION_API std::string watch_body(const WatchRequest& request, std::int64_t id,
                                         std::int64_t start_revision) {
-  Json json = Json::object();
-  set_range(json, request.key, request.range_end);
-  set(json, "start_revision", start_revision);
-  set(json, "prev_kv", request.prev_kv);
-  json["watch_id"] = std::to_string(id);
-  json["progress_notify"] = true;
-  json["fragment"] = true;  // no line is much longer than the largest request
-  Json filters = Json::array();
-  if (request.no_put) filters.push_back("NOPUT");
-  if (request.no_delete) filters.push_back("NODELETE");
-  if (!filters.empty()) json["filters"] = std::move(filters);
-  return dump({{"create_request", std::move(json)}});
+  std::string out = "{\"create_request\":";
+  {
+    Object object(out);
+    object.range(request.key, request.range_end);
+    object.number("start_revision", start_revision);
+    object.flag("prev_kv", request.prev_kv);
+    object.number("watch_id", id);
+    object.flag("progress_notify", true);
+    object.flag("fragment", true);  // no line is much longer than the largest request
+    if (request.no_put) object.member("filters") += "[\"NOPUT\"]";
+    if (request.no_delete) object.member("filters") += "[\"NODELETE\"]";
+  }
+  return out += '}';
 }
 
 // Replies. False: there is a key or a value in it that cannot be read.
@@ -10355,6 +10393,18 @@ std::vector<Request> decode_stream(std::string_view body) {
   }
 
   return requests;
+}
+
+COORDINATION_API void set(Json& object, const char* name, std::int64_t value) {
+  if (value != 0) object[name] = std::to_string(value);
+}
+
+COORDINATION_API void set(Json& object, const char* name, bool value) {
+  if (value) object[name] = true;
+}
+
+COORDINATION_API void set_bytes(Json& object, const char* name, std::string_view value) {
+  if (!value.empty()) object[name] = base64_encode(value);
 }
 
 COORDINATION_API Json with_header(std::int64_t revision) {

@@ -25,7 +25,7 @@ std::string random_bytes(std::mt19937_64& random, std::size_t size) {
 
 template <class Request>
 void check_encoded(const Request& request, const char* expected) {
-  CHECK(wire::body(request) == Json::parse(expected).dump());
+  CHECK(Json::parse(wire::body(request)) == Json::parse(expected));
 }
 
 template <class Reply>
@@ -169,10 +169,10 @@ TEST_CASE("requests: every sort order and target has its name") {
   for (const auto& [target, name] : targets) {
     request.sort_target = target;
     request.sort_order = SortOrder::Ascend;
-    CHECK(wire::encode(request)["sort_order"] == "ASCEND");
-    CHECK(wire::encode(request)["sort_target"] == name);
+    CHECK(Json::parse(wire::body(request))["sort_order"] == "ASCEND");
+    CHECK(Json::parse(wire::body(request))["sort_target"] == name);
     request.sort_order = SortOrder::None;
-    const auto unordered = wire::encode(request);  // etcd sorts upwards by it
+    const auto unordered = Json::parse(wire::body(request));  // etcd sorts upwards by it
     CHECK(unordered.value("sort_target", "KEY") == name);
     CHECK(unordered.contains("sort_target") == (target != SortTarget::Key));
   }
