@@ -20,6 +20,7 @@ have() {
     nlohmann-json3-dev) header nlohmann/json.hpp ;;
     libssl-dev) header openssl/ssl.h ;;
     doctest-dev) header doctest/doctest.h ;;
+    libcli11-dev) header CLI/CLI.hpp ;;
     *) command -v "$1" ;;
   esac > /dev/null 2>&1
 }

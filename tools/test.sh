@@ -32,7 +32,7 @@ phase() {  # NAME COMMAND...: says how long it took; fails as the command does
 
 install_missing() {
   tools/install.sh g++ cmake ninja-build pkg-config python3 binutils etcd-server etcd-client \
-    libcpp-httplib-dev nlohmann-json3-dev libssl-dev doctest-dev || return
+    libcpp-httplib-dev nlohmann-json3-dev libssl-dev doctest-dev libcli11-dev || return
   # Two more compilers, and another standard library: what needs them is skipped without them.
   tools/install.sh clang libclang-rt-dev libc++-dev libc++abi-dev || true
   tools/install.sh g++-mingw-w64-x86-64-posix || true

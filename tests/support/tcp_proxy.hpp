@@ -69,9 +69,12 @@ class TcpProxy {
   void resume() {
     command([this] { pauses_.clear(); });
   }
-  /// Everything that comes from now on, from either side, is passed on so much later.
-  void delay(milliseconds each_way) {
-    command([this, each_way] { delay_ = each_way; });
+  /// Everything that comes from now on, from either side or from one, is passed on so much later.
+  void delay(milliseconds by, Way way = Way::Both) {
+    command([this, by, way] {
+      if (way != Way::Down) delay_up_ = by;
+      if (way != Way::Up) delay_down_ = by;
+    });
   }
   /// Resets what is open, and refuses new connections, until refuse(false).
   void refuse(bool on = true) {
@@ -225,9 +228,12 @@ class TcpProxy {
       if (link.broken || !takes_more(way) || !read_in(link, way)) return;
     }
   }
+  milliseconds delay_of(const Direction& way) const {
+    return way.way == Way::Up ? delay_up_ : delay_down_;
+  }
   bool takes_more(const Direction& way) const {
     constexpr std::size_t kMost = 1024;  // pieces
-    return !way.ended && way.waiting.size() < (delay_.count() > 0 ? kMost : 1);
+    return !way.ended && way.waiting.size() < (delay_of(way).count() > 0 ? kMost : 1);
   }
   /// False if there was nothing to read.
   bool read_in(Link& link, Direction& way) {
@@ -241,7 +247,7 @@ class TcpProxy {
     if (way.way == Way::Up && label_ && link.label.empty()) link.label = label_(piece);
     if (way.way == Way::Up && rewrite_) rewrite_(piece);
     way.ended = piece.empty();
-    way.waiting.push_back({std::chrono::steady_clock::now() + delay_, std::move(piece)});
+    way.waiting.push_back({std::chrono::steady_clock::now() + delay_of(way), std::move(piece)});
     return true;
   }
   void write_out(Link& link, Direction& way, long* budget) {
@@ -318,7 +324,7 @@ class TcpProxy {
   int listener_{-1};
   int accepted_{0};
   std::vector<Pause> pauses_;
-  milliseconds delay_{0};
+  milliseconds delay_up_{0}, delay_down_{0};
   bool stopping_{false};
   std::list<Link> links_;
   std::thread thread_;

@@ -1,0 +1,200 @@
+// soak: long random faults over a real cluster, and everything that the library has said meanwhile
+// judged.
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <iomanip>
+#include <iostream>
+
+#include "proof/invariants.hpp"
+#include "proof/nemesis.hpp"
+
+namespace {
+
+using namespace proof;
+
+struct Options {
+  std::string time{"60s"};
+  std::uint64_t seed{1};
+  std::string etcd, out{"soak"}, checker;
+  std::size_t workers{4};
+};
+
+const bool is_worker = support::child_main("worker", [](const support::Args& args) {
+  WorkerOptions options;
+  options.process = std::stoi(args.at(0));
+  options.seed = std::stoull(args.at(1));
+  options.journal = args.at(2);
+  options.endpoints.assign(args.begin() + 3, args.end());
+  return run_worker(options);
+});
+
+/// "90s", "30m", "2h".
+std::chrono::seconds duration_of(const std::string& text) {
+  const char unit = text.back();
+  const int factor = unit == 'h' ? 3600 : unit == 'm' ? 60 : 1;
+  return std::chrono::seconds(std::stoi(text) * factor);
+}
+
+support::ClusterOptions cluster_options(const Options& options) {
+  support::ClusterOptions cluster;
+  cluster.binary = options.etcd;
+  cluster.flags = {"--bcrypt-cost=4"};
+  return cluster;
+}
+
+/// The user whom all workers are.
+void make_root(EtcdCluster& etcd) {
+  const std::vector<std::pair<std::string, Json>> steps{
+      {"/v3/auth/user/add", {{"name", "root"}, {"password", "root-password"}}},
+      {"/v3/auth/role/add", {{"name", "root"}}},
+      {"/v3/auth/user/grant", {{"user", "root"}, {"role", "root"}}}};
+  for (const auto& [path, body] : steps) etcd.ask(0, path, body, 5s);
+}
+
+/// What is left in the cluster when everybody has gone.
+Violations leftovers(EtcdCluster& etcd, Recorder& recorder) {
+  const auto leases = [&] {
+    const auto reply = etcd.ask(0, "/v3/lease/leases", Json::object(), 5s);
+    return reply.status == 200 ? reply.json.value("leases", Json::array()).size() : std::size_t{1};
+  };
+  Violations found;
+  if (!support::wait_until([&] { return leases() == 0; }, 90s)) {
+    found.push_back(std::to_string(leases()) + " leases are left");
+  }
+  if (!recorder.wait_for(etcd.gateway(0).revision())) found.push_back("the store was not followed");
+  for (const char* folder : {"locks/", "semaphores/", "elections/", "services/"}) {
+    for (const auto& [key, change] : recorder.state(std::string(kPrefix) + "/" + folder)) {
+      found.push_back(key + " is left");
+    }
+  }
+  return found;
+}
+
+/// For the checker in Go: the calls that stand for themselves.
+void write_operations(const History& history, const std::string& path) {
+  static const std::set<std::string> kinds{"get",     "set",  "cas",    "remove",
+                                           "acquire", "held", "release"};
+  const auto removals = removals_of(history);
+  std::ofstream file(path);
+  for (const Entry& e : history.entries) {
+    if (kinds.count(e.kind) == 0) continue;
+    const char* is = e.is == Is::Done ? "done" : e.is == Is::NotApplied ? "not" : "maybe";
+    // Removed by this call, or found missing after its answer was lost.
+    const bool found_missing =
+        e.kind == "remove" && e.done() && removals.count({e.in["key"], e.out["revision"]}) == 0;
+    const Json line{{"process", e.process}, {"kind", found_missing ? "gone" : e.kind},
+                    {"in", e.in},           {"out", e.out},
+                    {"begin", e.begin},     {"end", e.end},
+                    {"code", e.code},       {"is", is}};
+    file << line.dump() << "\n";
+  }
+}
+
+bool report(const char* what, const Violations& found) {
+  std::cout << std::left << std::setw(52) << what
+            << (found.empty() ? "holds" : "VIOLATED, " + std::to_string(found.size()) + " times")
+            << "\n";
+  for (std::size_t i = 0; i < std::min<std::size_t>(found.size(), 5); ++i) {
+    std::cout << "    " << found[i].substr(0, 1000) << "\n";
+  }
+  return found.empty();
+}
+
+/// Notes take no time, and are no calls.
+void print_calls(const History& history) {
+  static const std::set<std::string> notes{"watch", "reached", "ended"};
+  std::map<std::string, std::map<Is, int>> counts;
+  int calls = 0, seen = 0;
+  for (const Entry& entry : history.entries) {
+    if (notes.count(entry.kind) > 0) continue;
+    ++counts[entry.kind][entry.is];
+    const bool by_watch = entry.kind == "event" || entry.kind == "view" || entry.kind == "missed";
+    ++(by_watch ? seen : calls);
+  }
+  std::cout << "\n             " << std::setw(10) << "done" << std::setw(10) << "not"
+            << std::setw(10) << "maybe"
+            << "\n";
+  for (auto& [kind, count] : counts) {
+    std::cout << std::left << std::setw(13) << kind << std::right << std::setw(10)
+              << count[Is::Done] << std::setw(10) << count[Is::NotApplied] << std::setw(10)
+              << count[Is::MaybeApplied] << "\n";
+  }
+  std::cout << calls << " calls, " << seen << " events and views, " << history.changes.size()
+            << " changes of the store\n\n";
+}
+
+void print_faults(const Nemesis& nemesis) {
+  for (const auto& [name, count] : nemesis.counts()) {
+    std::cout << std::left << std::setw(28) << name << std::right << std::setw(4) << count << "\n";
+  }
+}
+
+/// True: it is linearizable, or nobody can tell.
+bool check_operations(const Options& options, const std::string& path) {
+  if (options.checker.empty()) {
+    std::cout << "SKIPPED: linearizability: there is no checker (it needs Go)\n";
+    return true;
+  }
+  const auto result = support::run({options.checker, path}, {}, 30min);
+  std::cout << result.out;
+  return result.ok();
+}
+
+int judge(const Options& options, const History& history, const Nemesis& nemesis,
+          const std::set<int>& killed, const Violations& left) {
+  print_faults(nemesis);
+  print_calls(history);
+  int bad = 0;
+  bad += !report("every write is as it was told", writes_are_as_told(history));
+  bad += !report("every removal is as it was told", removals_are_as_told(history));
+  bad += !report("guarded writes are their owner's", guarded_writes_are_owners(history, kPermits));
+  bad += !report("holders are alone, or within the permits", holders_are_alone(history, kPermits));
+  bad += !report("tokens grow", tokens_grow(history));
+  bad += !report("who was robbed is told", robbed_is_told(history, nemesis.robbed()));
+  bad += !report("watches are the store's history", watches_are_complete(history));
+  bad += !report("views are the store at their revision", views_are_true(history));
+  bad += !report("everything ends", everything_ends(history, killed));
+  bad += !report("nothing is left", left);
+  const auto path = options.out + "/operations.jsonl";
+  write_operations(history, path);
+  bad += !check_operations(options, path);
+  std::cout << (bad == 0 ? "all of it holds" : "VIOLATED") << ", seed " << options.seed << "\n";
+  return bad == 0 ? 0 : 1;
+}
+
+int soak(const Options& options) {
+  std::filesystem::remove_all(options.out);
+  std::filesystem::create_directories(options.out);
+  EtcdCluster etcd(cluster_options(options));
+  etcd.reserve();  // for a fourth member that comes and goes
+  make_root(etcd);
+  Recorder recorder(etcd);
+  Workers workers(etcd, options.workers, options.seed, options.out);
+  Nemesis nemesis(etcd, workers, recorder, options.seed);
+  nemesis.run_until(std::chrono::steady_clock::now() + duration_of(options.time));
+  etcd.heal();
+  etcd.wait_healthy();
+  workers.end();
+  const auto left = leftovers(etcd, recorder);
+  const History history{workers.entries(), recorder.changes()};
+  return judge(options, history, nemesis, workers.killed(), left);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (const auto done = support::before_tests(argc, argv)) return *done;
+  Options options;
+  CLI::App app("Random faults over a real cluster, and a verdict on what was said meanwhile");
+  app.add_option("--time", options.time, "how long: 90s, 30m, 2h")->capture_default_str();
+  app.add_option("--seed", options.seed, "of the faults and of the workers' dice")
+      ->capture_default_str();
+  app.add_option("--etcd", options.etcd, "path of the etcd; default: the one in PATH");
+  app.add_option("--workers", options.workers, "how many processes")->capture_default_str();
+  app.add_option("--out", options.out, "folder for the histories")->capture_default_str();
+  app.add_option("--checker", options.checker, "the program in tests/proof/checker");
+  CLI11_PARSE(app, argc, argv);
+  std::cout << "seed " << options.seed << ", " << options.time << ", "
+            << support::run({support::etcd_program(options.etcd), "--version"}).out << std::endl;
+  return soak(options);
+}
