@@ -161,20 +161,22 @@ if echo 'int main() {}' | clang++ -fsanitize=address -x c++ - -o "$build/probe" 
   options=(-DCMAKE_CXX_COMPILER=clang++)
 fi
 prepare() {
-  fetch_etcds && build_preset asan "${options[@]}" && build_preset tsan "${options[@]}"
+  fetch_etcds && tests/interop/build.sh "$build/clients" && build_preset asan "${options[@]}" &&
+    build_preset tsan "${options[@]}"
 }
 
 # Most tests wait more than they work: compile meanwhile.
 status=0
 phase "dev: build" build_preset dev
 in_background prepare
-phase "dev: test" run_tests dev most -LE 'alone|build|conformance' || status=1
-phase "asan, tsan: build, and more etcds" finish_background
+phase "dev: test" run_tests dev most -LE 'alone|build|conformance|interop' || status=1
+phase "asan, tsan: build, more etcds, other clients" finish_background
 COORDINATION_ETCDS=$(< "$build/etcds")
-export COORDINATION_ETCDS
+export COORDINATION_ETCDS COORDINATION_CLIENTS=$build/clients
 phase "dev: tests that run alone" run_tests dev alone -L alone || status=1
 in_background run_tests dev build -L build
-phase "dev: conformance" run_tests dev conformance -L conformance || status=1
+phase "dev: conformance, other clients" run_tests dev conformance -L 'conformance|interop' ||
+  status=1
 phase "asan: test" run_tests asan all -j $((jobs + 1)) || status=1
 phase "tsan: test" run_tests tsan all -j $((jobs + 1)) || status=1
 phase "dev: how it can be compiled" finish_background || status=1

@@ -5,6 +5,7 @@
 #include <iomanip>
 #include <iostream>
 
+#include "cluster/etcds.hpp"
 #include "proof/invariants.hpp"
 #include "proof/nemesis.hpp"
 
@@ -14,8 +15,8 @@ using namespace proof;
 
 struct Options {
   std::string time{"60s"};
-  std::uint64_t seed{1};
-  std::string etcd, out{"soak"}, checker;
+  std::uint64_t seed{std::random_device{}()};
+  std::string etcd{cluster::binaries().back()}, out{"soak-history"}, checker;
   std::size_t workers{4};
 };
 
@@ -131,7 +132,7 @@ void print_faults(const Nemesis& nemesis) {
 
 /// True: it is linearizable, or nobody can tell.
 bool check_operations(const Options& options, const std::string& path) {
-  if (options.checker.empty()) {
+  if (support::find_program(options.checker).empty()) {
     std::cout << "SKIPPED: linearizability: there is no checker (it needs Go)\n";
     return true;
   }
@@ -189,12 +190,12 @@ int main(int argc, char** argv) {
   app.add_option("--time", options.time, "how long: 90s, 30m, 2h")->capture_default_str();
   app.add_option("--seed", options.seed, "of the faults and of the workers' dice")
       ->capture_default_str();
-  app.add_option("--etcd", options.etcd, "path of the etcd; default: the one in PATH");
+  app.add_option("--etcd", options.etcd, "path of the etcd")->capture_default_str();
   app.add_option("--workers", options.workers, "how many processes")->capture_default_str();
   app.add_option("--out", options.out, "folder for the histories")->capture_default_str();
   app.add_option("--checker", options.checker, "the program in tests/proof/checker");
   CLI11_PARSE(app, argc, argv);
   std::cout << "seed " << options.seed << ", " << options.time << ", "
-            << support::run({support::etcd_program(options.etcd), "--version"}).out << std::endl;
+            << "etcd " << cluster::version_of(options.etcd) << std::endl;
   return soak(options);
 }

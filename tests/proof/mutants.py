@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""A soak that finds nothing proves nothing: each of these faults, planted into a copy of the
+header, must be found by it within five minutes.
+
+    tests/proof/mutants.py [--etcd PATH] [--seed N] [NAME...]
+
+Builds below build/mutants. Exit status: how many were not found.
+"""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[2]
+
+# What is to be replaced stands in the header once.
+MUTANTS = {
+    "unlock without the guard": [
+        ("    txn.when(ours).then(Op::remove(key));\n    bool repeated",
+         "    txn.then(Op::remove(key));\n    bool repeated"),
+    ],
+    "retry of a MaybeApplied write": [
+        ("    if (unknown && call.safety == Safety::Write) return false;\n", ""),
+    ],
+    "watch resumed one revision late": [
+        ("if (overlap && watch->anchored && start > 1) --start;",
+         "if (overlap && watch->anchored && start > 1) ++start;"),
+    ],
+    "held() from the receive instant": [
+        ("    answered(it->second, sent, reply->ttl);",
+         "    answered(it->second, (std::max)(sent, client.clock->now()), reply->ttl);"),
+    ],
+    "semaphores one permit too many": [
+        ("{detail::QueueRule::Kind::Permits, permits_}, false",
+         "{detail::QueueRule::Kind::Permits, permits_ + 1}, false"),
+        ("{detail::QueueRule::Kind::Permits, permits_}, true",
+         "{detail::QueueRule::Kind::Permits, permits_ + 1}, true"),
+    ],
+}
+
+
+def plant(name, folder):
+    """A copy of what is needed to build, with the fault in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for part in ("CMakeLists.txt", "CMakePresets.json"):
+        shutil.copy(root / part, folder)
+    for part in ("tests", "tools", "examples"):
+        shutil.copytree(root / part, folder / part)
+    header = (root / "coordination.hpp").read_text(encoding="utf-8")
+    for old, new in MUTANTS[name]:
+        if header.count(old) != 1:
+            sys.exit(f"{name}: stands in the header {header.count(old)} times: {old.strip()}")
+        header = header.replace(old, new)
+    (folder / "coordination.hpp").write_text(header, encoding="utf-8")
+
+
+def is_found(name, options):
+    folder = root / "build/mutants" / name.replace(" ", "_").replace("()", "")
+    plant(name, folder)
+    environment = dict(os.environ, COORDINATION_BUILD_DIR=str(folder / "build"))
+    soak = [str(folder / "tools/soak"), "--seed", str(options.seed)]
+    if options.etcd:
+        soak += ["--etcd", options.etcd]
+    subprocess.run(soak + ["--help"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    begin = time.monotonic()
+    run = subprocess.run(soak + ["--time", options.time], env=environment, stdout=subprocess.PIPE,
+                         text=True, check=False)
+    took = time.monotonic() - begin
+    (folder / "soak.txt").write_text(run.stdout, encoding="utf-8")
+    broken = [line for line in run.stdout.splitlines()
+              if "VIOLATED," in line or line.startswith("NOT LINEARIZABLE")]
+    found = run.returncode == 1 and bool(broken) and took < 300
+    print(f"{name}: {'found' if found else 'NOT FOUND'} in {took:.0f} s, seed {options.seed}")
+    for line in broken:
+        print("    " + line)
+    sys.stdout.flush()
+    return found
+
+
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--etcd")
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--time", default="200s")
+parser.add_argument("names", nargs="*", metavar="NAME", help="one of: " + "; ".join(MUTANTS))
+arguments = parser.parse_args()
+sys.exit(sum(not is_found(name, arguments) for name in arguments.names or MUTANTS))
