@@ -61,6 +61,10 @@ inline bool begins_with(const std::string& text, const std::string& start) {
   return text.compare(0, start.size(), start) == 0;
 }
 
+/// Of these locks the soak deletes keys, and revokes leases: held() is local, and may be told of it
+/// later.
+inline constexpr const char* kRobbed = "/soak/locks/robbed";
+
 /// A file that a process appends its calls to, so that they outlive it: a line at the begin of
 /// each, and one at its end. Threads: any.
 class Journal {

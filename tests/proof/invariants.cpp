@@ -168,8 +168,8 @@ TEST_CASE("proof: a lock that was lost before its answer came was not held") {
 
 TEST_CASE("proof: where keys are deleted, held() may be told of it later") {
   auto first = acquire("exclusive", 1, 0, 10), second = acquire("exclusive", 2, 0, 20);
-  first.in["queue"] = second.in["queue"] = "/soak/locks/robbed/";
-  const auto late = held(1, 25, true, "/soak/locks/robbed/");
+  first.in["queue"] = second.in["queue"] = "/soak/locks/robbed1/";
+  const auto late = held(1, 25, true, "/soak/locks/robbed1/");
   CHECK(holders_are_alone({{first, second, late}, {}}, 2).empty());
 }
 

@@ -135,9 +135,9 @@ inline std::vector<Holding> holdings_of(const History& history) {
       all[{entry.in["queue"], token}] = {entry.in["queue"], entry.in["mode"], token, entry.end,
                                          entry.end};
     }
-    const bool robbed = entry.in.contains("queue") && entry.in["queue"] == "/soak/locks/robbed/";
     const bool proves = entry.kind == "release" || entry.kind == "guarded" ||
-                        (entry.kind == "held" && !robbed && entry.out["held"] == true);
+                        (entry.kind == "held" && entry.out["held"] == true &&
+                         !begins_with(entry.in["queue"], kRobbed));
     if (!proves) continue;
     const auto at = all.find({entry.in["queue"], entry.in["token"]});
     if (at != all.end()) at->second.to = std::max(at->second.to, entry.begin);

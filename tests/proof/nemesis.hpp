@@ -260,9 +260,8 @@ class Nemesis {
     workers_.heal(slow);
   }
   void rob_once(bool key) {
-    const std::string prefix = "/soak/locks/robbed/";
-    const auto reply = ask("/v3/kv/range", {{"key", gateway::b64(prefix)},
-                                            {"range_end", gateway::b64("/soak/locks/robbed0")},
+    const auto reply = ask("/v3/kv/range", {{"key", gateway::b64(kRobbed)},
+                                            {"range_end", gateway::b64(prefix_range_end(kRobbed))},
                                             {"sort_target", "CREATE"},
                                             {"sort_order", "ASCEND"},
                                             {"limit", "1"}});

@@ -287,7 +287,7 @@ class Worker {
         return coordinator_->election().campaign(name, unique(), queue.ttl, patience);
       });
     } else {
-      const auto name = queue.name == "robbed" ? queue.name : of_now(queue.name, 30);
+      const auto name = of_now(queue.name, 30);
       hold<Lock>(queue, name, dice, [&] { return acquire(queue, name, dice); });
     }
   }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"sort"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/anishathalye/porcupine"
@@ -97,8 +98,8 @@ func registerOperation(c call) (operation, bool) {
 	return op, c.Is != "not"
 }
 
-// add: a release that was done is one; after any other nobody knows when the lock went, and it may
-// have gone at any time since it was acquired.
+// add: a release that was done is one, and of a lock that was lost it was before that was told.
+// After any other nobody knows when it went, if at all.
 func (all owners) add(c call) {
 	token := c.In.Token
 	if c.Kind == "acquire" {
@@ -119,13 +120,17 @@ func (all owners) add(c call) {
 	case c.Kind == "release" && c.Is == "done":
 		o.released = true
 		o.notes = append(o.notes, timed(c, operation{does: "release", value: name}))
-	case c.Kind == "held" && c.Is == "done" && c.Out.Held && c.In.Queue != robbed:
+	case c.Kind == "release" && c.Code == "LOST": // at some time before
+		o.released = true
+		c.Begin = o.acquired
+		o.notes = append(o.notes, timed(c, operation{does: "release", value: name}))
+	case c.Kind == "held" && c.Is == "done" && c.Out.Held && !strings.HasPrefix(c.In.Queue, robbed):
 		o.notes = append(o.notes, timed(c, operation{does: "held", value: name}))
 	}
 }
 
-// Of this one the soak deletes keys, and held() is local: it may be told of it later.
-const robbed = "/soak/locks/robbed/"
+// Of these the soak deletes keys, and held() is local: it may be told of it later.
+const robbed = "/soak/locks/robbed"
 
 func (all owners) history() history {
 	var h history
@@ -150,7 +155,7 @@ func (v *verdict) judge(name string, h history, limit seconds) {
 	case porcupine.Illegal:
 		v.bad++
 		if v.bad <= 3 {
-			print(name, window(h, limit))
+			print(name, window(h, 5))
 		}
 	case porcupine.Unknown:
 		v.undecided++

@@ -41,6 +41,10 @@ func of(kind string, begin, end int64, token int, is string) string {
 	return line(kind, begin, end, in, `"held":true`, is, "")
 }
 
+func lost(begin, end int64, token int) string {
+	return line("release", begin, end, fmt.Sprintf(`%s,"token":%d`, queue, token), "", "not", "LOST")
+}
+
 func load(t *testing.T, lines []string) histories {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "operations.jsonl")
@@ -106,6 +110,9 @@ func TestHistories(t *testing.T) {
 		{"in turn", 0, []string{acquire(0, 1, 1), of("held", 2, 3, 1, "done"),
 			of("release", 4, 5, 1, "done"), acquire(0, 6, 2), of("release", 7, 8, 2, "done")}},
 		{"lost", 0, []string{acquire(0, 1, 1), acquire(0, 6, 2), of("release", 7, 8, 1, "not")}},
+		{"lost, and told", 0, []string{acquire(0, 1, 1), acquire(0, 6, 2), lost(7, 8, 1)}},
+		{"told of its loss, and then held", 1, []string{acquire(0, 1, 1), lost(2, 3, 1),
+			of("held", 4, 5, 1, "done")}},
 		{"lost before its answer", 0, []string{acquire(0, 9, 1), acquire(0, 6, 2)}},
 		{"killed", 0, []string{acquire(0, 1, 1), acquire(2, 6, 2)}},
 		{"two owners", 1, []string{acquire(0, 1, 1), acquire(2, 3, 2), of("release", 4, 5, 1, "done")}},

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"fmt"
 	"math"
 	"sort"
+	"time"
 
 	"github.com/anishathalye/porcupine"
 )
@@ -123,9 +125,52 @@ func window(h history, limit seconds) history {
 	begins := times(h, func(o porcupine.Operation) int64 { return o.Call })
 	first := sort.Search(len(begins), func(i int) bool { return !bad(begins[i], ends[last]) })
 	if first == 0 {
-		return part(h, math.MinInt64, ends[last])
+		return reduced(part(h, math.MinInt64, ends[last]), none, limit)
 	}
-	return part(h, begins[first-1], ends[last])
+	return reduced(part(h, begins[first-1], ends[last]), unknown, limit)
+}
+
+// reduced leaves out what the history is as illegal without, for a while: reads, and all that one
+// holder has done. (What is legal stays so without them.)
+func reduced(h history, initial string, limit seconds) history {
+	end := time.Now().Add(6 * limit.duration())
+	for _, group := range groups(h) {
+		var rest history
+		for _, o := range h {
+			if group != groupOf(o) {
+				rest = append(rest, o)
+			}
+		}
+		if time.Now().After(end) {
+			break
+		}
+		if legal(rest, initial, limit) == porcupine.Illegal {
+			h = rest
+		}
+	}
+	return h
+}
+
+func groupOf(o porcupine.Operation) string {
+	switch op := o.Input.(operation); op.does {
+	case "acquire", "held", "release":
+		return op.value
+	case "get", "differs":
+		return fmt.Sprint(o.Call, o.Return)
+	}
+	return "" // a write is needed
+}
+
+func groups(h history) []string {
+	var all []string
+	seen := map[string]bool{"": true}
+	for _, o := range h {
+		if g := groupOf(o); !seen[g] {
+			seen[g] = true
+			all = append(all, g)
+		}
+	}
+	return all
 }
 
 func times(h history, of func(porcupine.Operation) int64) []int64 {
