@@ -85,7 +85,7 @@ parser = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--etcd")
 parser.add_argument("--seed", type=int, default=1)
-parser.add_argument("--time", default="200s")
+parser.add_argument("--time", default="150s")
 parser.add_argument("names", nargs="*", metavar="NAME", help="one of: " + "; ".join(MUTANTS))
 arguments = parser.parse_args()
 sys.exit(sum(not is_found(name, arguments) for name in arguments.names or MUTANTS))

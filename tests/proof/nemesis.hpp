@@ -122,6 +122,8 @@ class Nemesis {
   const std::map<std::string, int>& counts() const { return counts_; }
   /// The tokens of locks whose keys it has deleted.
   const std::set<std::int64_t>& robbed() const { return robbed_; }
+  /// When held() proves nothing.
+  const std::vector<std::pair<std::int64_t, std::int64_t>>& blind() const { return blind_; }
 
  private:
   using Fault = std::pair<std::string, std::function<void()>>;
@@ -201,6 +203,17 @@ class Nemesis {
     rest(500, 4000);
     etcd_.restart(i);
     etcd_.wait_healthy();
+  }
+  /// A leader that was stopped revokes leases that others have kept alive meanwhile (etcd issue
+  /// 15247): until that is over nobody can know that a lock is held.
+  void stop_member() {
+    const auto i = any_member();
+    const bool leads = etcd_.leader() == i;
+    etcd_.stop(i);
+    rest(1000, 5000);
+    const auto begin = now_ns();
+    recover();
+    if (leads) blind_.emplace_back(begin, now_ns() + 10'000'000'000);
   }
   void drop_replies() {
     const auto i = any_member();
@@ -320,6 +333,7 @@ class Nemesis {
   const std::vector<Fault> faults_{make_faults()};
   std::map<std::string, int> counts_;
   std::set<std::int64_t> robbed_;
+  std::vector<std::pair<std::int64_t, std::int64_t>> blind_;
 };
 
 }  // namespace proof
