@@ -21,6 +21,9 @@ have() {
     libssl-dev) header openssl/ssl.h ;;
     doctest-dev) header doctest/doctest.h ;;
     libcli11-dev) header CLI/CLI.hpp ;;
+    protobuf-compiler) command -v protoc ;;
+    libprotobuf-dev) header google/protobuf/stubs/common.h ;;
+    python3-venv) python3 -c 'import ensurepip' ;;
     *) command -v "$1" ;;
   esac > /dev/null 2>&1
 }
