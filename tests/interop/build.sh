@@ -21,8 +21,8 @@ build_python() {
 
 build_rust() {
   cp -r "$here"/rust/* "$folder/rust" &&
-    cargo build --quiet --release --jobs 1 --manifest-path "$folder/rust/Cargo.toml" \
-      --target-dir "$folder/rust/target" && command=("$folder/rust/target/release/interop")
+    cargo build --quiet --jobs 1 --manifest-path "$folder/rust/Cargo.toml" \
+      --target-dir "$folder/rust/target" && command=("$folder/rust/target/debug/interop")
 }
 
 build_node() {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <iostream>
 #include <map>
 #include <memory>
 #include <random>
@@ -38,7 +39,8 @@ class Workers {
   void start(std::size_t i) {
     Slot& slot = *slots_.at(i);
     slot.process = ++count_;
-    support::Args args{std::to_string(slot.process), std::to_string(seed_ + slot.process * 7919U),
+    support::Args args{std::to_string(slot.process),
+                       std::to_string(seed_ + 7919 * static_cast<std::uint64_t>(count_)),
                        journal_of(slot.process)};
     for (const auto& way : slot.ways) args.push_back(way->endpoint());
     support::ProcessOptions options;
@@ -114,8 +116,13 @@ class Nemesis {
       if (deck.empty()) deck = shuffled();
       const Fault& fault = *deck.back();
       deck.pop_back();
-      fault.second();
-      ++counts_[fault.first];
+      try {
+        fault.second();
+        ++counts_[fault.first];
+      } catch (const std::exception& e) {  // a busy machine: the cluster takes longer than we wait
+        std::cout << fault.first << " did not succeed: " << e.what() << std::endl;
+        recover();
+      }
       rest(500, 2000);
     }
   }
