@@ -126,6 +126,19 @@ class Nemesis {
       rest(500, 2000);
     }
   }
+  /// All is well again, however long it takes.
+  void recover() {
+    const auto healed = [this] {
+      try {
+        etcd_.heal();
+        return true;
+      } catch (const std::exception&) {
+        return false;
+      }
+    };
+    support::wait_until(healed, 5min);
+    etcd_.wait_healthy();
+  }
   const std::map<std::string, int>& counts() const { return counts_; }
   /// The tokens of locks whose keys it has deleted.
   const std::set<std::int64_t>& robbed() const { return robbed_; }
@@ -178,10 +191,6 @@ class Nemesis {
   /// One of those that vote.
   std::size_t any_member() { return below(3); }
   std::size_t any_worker() { return below(workers_.size()); }
-  void recover() {
-    etcd_.heal();
-    etcd_.wait_healthy();
-  }
   /// Asks those that are well until one does it.
   gateway::Reply ask(const std::string& path, const Json& body) {
     gateway::Reply reply;
@@ -244,8 +253,13 @@ class Nemesis {
   }
   void change_members() {
     const std::size_t fourth = 3;
-    etcd_.add(fourth);
-    rest(1000, 3000);
+    try {
+      etcd_.add(fourth);
+      rest(1000, 3000);
+    } catch (const std::exception&) {  // half a member is worse than none
+      etcd_.remove(fourth);
+      throw;
+    }
     etcd_.remove(fourth);
     etcd_.wait_healthy();
   }

@@ -185,8 +185,7 @@ int soak(const Options& options) {
   Workers workers(etcd, options.workers, options.seed, options.out);
   Nemesis nemesis(etcd, workers, recorder, options.seed);
   nemesis.run_until(std::chrono::steady_clock::now() + duration_of(options.time));
-  etcd.heal();
-  etcd.wait_healthy();
+  nemesis.recover();
   workers.end();
   const auto left = leftovers(etcd, recorder);
   const History history{evidence(workers.entries(), nemesis), recorder.changes()};
