@@ -104,7 +104,7 @@ class EtcdCluster {
   void restart(std::size_t i) {
     server(i).kill9();
     server(i).launch();
-    if (!server(i).serving()) throw std::runtime_error("a member does not come back");
+    require_serving(i, 20s);
     link(i).refuse(false);
     set_well(i, true);
   }
@@ -142,7 +142,7 @@ class EtcdCluster {
     }
     for (std::size_t i = 0; i < size(); ++i) {
       if (!members_[i]->server) continue;
-      if (!server(i).serving(30s)) throw std::runtime_error("a member does not come back");
+      require_serving(i, 30s);
       link(i).refuse(false);
       set_well(i, !members_[i]->learner);
     }
@@ -259,6 +259,12 @@ class EtcdCluster {
     member.server = std::make_unique<EtcdServer>(options);
   }
 
+  void require_serving(std::size_t i, milliseconds limit) {
+    if (server(i).serving(limit)) return;
+    const auto said = server(i).output();
+    throw std::runtime_error("a member does not come back; it said last\n" +
+                             said.substr(said.size() - std::min<std::size_t>(said.size(), 2000)));
+  }
   void set_well(std::size_t i, bool well) {
     std::lock_guard<std::mutex> hold(mutex_);
     members_.at(i)->well = well;
