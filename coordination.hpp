@@ -631,6 +631,12 @@ struct Status {
   std::vector<std::string> errors;  // "etcdserver: no leader", ...
 };
 
+/// What a request of Client::call does to etcd.
+enum class Effect {
+  Reads,  // nothing: it may be repeated, and answered by a member without a leader
+  Writes  // perhaps something: it is never sent again once it may have been applied
+};
+
 class Lease;
 class Subscription;
 struct WatchEvent;
@@ -668,6 +674,13 @@ class Client {
   Result<void> compact(std::int64_t revision, Context ctx = {});
   /// Of the member in use.
   Result<Status> status(Context ctx = {});
+  /// Any other unary request of etcd's gateway, as JSON in etcd's own form (bytes in base64, 64-bit
+  /// numbers as strings, zeros left out): call("/v3/cluster/member/list", {}, Effect::Reads). It
+  /// has the failover, the login and the errors of the other calls. Without an Effect it writes.
+  /// Errors: Validation if `path` is none, or `body` neither an object nor null.
+  Result<nlohmann::json> call(std::string path, const nlohmann::json& body, Effect effect,
+                              Context ctx = {});
+  Result<nlohmann::json> call(std::string path, const nlohmann::json& body, Context ctx = {});
 
   /// A lease that renews itself until its handle is destroyed, revoked or detached.
   /// etcd has a minimum (2 s by default): Lease::ttl() tells what was granted.
@@ -1380,6 +1393,12 @@ class ConfigCenter {
 
 /// localhost:2379, 5 s, 3 attempts.
 CoordinatorOptions default_coordinator_options();
+
+/// The default options, changed by the environment variables of etcdctl: ETCDCTL_ENDPOINTS (with
+/// commas), _USER ("name" or "name:password"), _PASSWORD, _CACERT, _CERT, _KEY,
+/// _INSECURE_SKIP_TLS_VERIFY and _COMMAND_TIMEOUT ("5s", as Go writes it). An empty one counts as
+/// none. What cannot be read becomes what validate() refuses.
+CoordinatorOptions options_from_env();
 
 /// Errors: Validation, with the option that is wrong.
 Result<void> validate(const CoordinatorOptions& options);
@@ -2996,6 +3015,21 @@ std::optional<std::uint64_t> decode_reply(std::string_view body, Reply& to) {
   auto json = parse(body);
   if (!json || !member(*json, "header").is_object() || !decode(*json, to)) return std::nullopt;
   return cluster_id(*json);
+}
+
+/// The same of any request, undecoded. Some replies have no header (of a defragmentation), but then
+/// there is nothing else in them, either.
+COORDINATION_API std::optional<std::uint64_t> decode_any(std::string_view body, Json& to) {
+  auto json = parse(body);
+  if (!json || !json->is_object()) return std::nullopt;
+  if (!json->empty() && !member(*json, "header").is_object()) return std::nullopt;
+  to = std::move(*json);
+  return cluster_id(to);
+}
+
+/// Empty if it is no object; null counts as an empty one.
+COORDINATION_API std::string any_body(const Json& json) {
+  return json.is_null() ? "{}" : json.is_object() ? dump(json) : std::string();
 }
 
 struct EtcdError {
@@ -4634,7 +4668,7 @@ enum class Sign { Serves, Doubt, Silence };
 
 /// A unary request.
 struct Call {
-  const char* path;
+  std::string path;
   std::string what;  // for errors: "the put of <key>"
   std::string body;
   Safety safety;
@@ -5586,6 +5620,37 @@ COORDINATION_API Result<Status> Client::status(Context ctx) {
   if (!reply) return reply.error();
   status.endpoint = state_->members->url(reply->member);
   return status;
+}
+
+namespace detail {
+
+/// It stands in the request's first line as it is.
+COORDINATION_API bool is_path(std::string_view path) {
+  return !path.empty() && path[0] == '/' && std::all_of(path.begin(), path.end(), [](char c) {
+    return c > ' ' && c < '\x7f' && c != '?' && c != '#';
+  });
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<nlohmann::json> Client::call(std::string path, const nlohmann::json& body,
+                                                     Effect effect, Context ctx) {
+  if (!detail::is_path(path)) return detail::invalid("\"" + path + "\" is no path of a request");
+  auto text = detail::wire::any_body(body);
+  if (text.empty()) return detail::invalid("the body for " + path + " is no JSON object");
+  nlohmann::json answer;
+  auto keep = [&](const std::string& bytes) { return detail::wire::decode_any(bytes, answer); };
+  bool reads = effect == Effect::Reads;
+  auto safety = reads ? detail::Safety::Read : detail::Safety::Write;
+  auto reply =
+      state_->call({path, "the call of " + path, std::move(text), safety, !reads}, ctx, keep);
+  if (!reply) return reply.error();
+  return answer;
+}
+
+COORDINATION_API Result<nlohmann::json> Client::call(std::string path, const nlohmann::json& body,
+                                                     Context ctx) {
+  return call(std::move(path), body, Effect::Writes, std::move(ctx));
 }
 
 // == 6. Lease ===================================================================================
@@ -9693,6 +9758,80 @@ COORDINATION_API std::vector<std::string> ConfigView::keys() const {
 // == 12. Coordinator ============================================================================
 
 COORDINATION_API CoordinatorOptions default_coordinator_options() { return {}; }
+
+namespace detail {
+
+COORDINATION_API std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+/// Digits, with a point among them or not: in no locale but C's. Negative if it is no number.
+COORDINATION_API double plain_number(std::string_view text) {
+  double value = 0, place = 0;  // of the next digit behind the point
+  for (char c : text) {
+    if (c == '.' && place > 0) return -1;
+    place = c == '.' ? 1 : place * 10;
+    if (c != '.') value = value * 10 + (c - '0');
+  }
+  return text.empty() || text == "." ? -1 : place > 0 ? value / place : value;
+}
+
+/// A duration as Go writes it ("1m30s", "1.5s", "200ms"); 0 if it is none.
+COORDINATION_API milliseconds go_duration(std::string_view text) {
+  static const std::map<std::string_view, double> kUnits{
+      {"ms", 1}, {"s", 1000}, {"m", 60 * 1000}, {"h", 60 * 60 * 1000}};
+  constexpr const char* kDigits = "0123456789.";
+  double sum = 0;
+  while (!text.empty()) {
+    auto unit = (std::min)(text.find_first_not_of(kDigits), text.size());
+    auto end = (std::min)(text.find_first_of(kDigits, unit), text.size());
+    auto number = plain_number(text.substr(0, unit));
+    auto factor = kUnits.find(text.substr(unit, end - unit));
+    if (number < 0 || factor == kUnits.end()) return milliseconds(0);
+    sum += number * factor->second;
+    text.remove_prefix(end);
+  }
+  return milliseconds(static_cast<std::int64_t>((std::min)(sum, 1e15)));
+}
+
+COORDINATION_API std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts{""};
+  for (char c : text) {
+    if (c == separator) {
+      parts.emplace_back();
+    } else if (c != ' ') {
+      parts.back() += c;
+    }
+  }
+  return parts;
+}
+
+COORDINATION_API void login_from_env(CoordinatorOptions& options) {
+  options.username = variable("ETCDCTL_USER");
+  options.password = variable("ETCDCTL_PASSWORD");
+  auto colon = options.username.find(':');
+  if (!options.password.empty() || colon == std::string::npos) return;
+  options.password = options.username.substr(colon + 1);
+  options.username.resize(colon);
+}
+
+}  // namespace detail
+
+COORDINATION_API CoordinatorOptions options_from_env() {
+  CoordinatorOptions options;
+  auto endpoints = detail::variable("ETCDCTL_ENDPOINTS");
+  if (!endpoints.empty()) options.endpoints = detail::split(endpoints, ',');
+  detail::login_from_env(options);
+  options.tls.ca_file = detail::variable("ETCDCTL_CACERT");
+  options.tls.cert_file = detail::variable("ETCDCTL_CERT");
+  options.tls.key_file = detail::variable("ETCDCTL_KEY");
+  auto insecure = detail::variable("ETCDCTL_INSECURE_SKIP_TLS_VERIFY");
+  options.tls.verify_server = insecure.empty() || insecure == "false" || insecure == "0";
+  auto timeout = detail::variable("ETCDCTL_COMMAND_TIMEOUT");
+  if (!timeout.empty()) options.timeout = detail::go_duration(timeout);
+  return options;
+}
 
 namespace detail {
 

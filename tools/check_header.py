@@ -17,13 +17,13 @@ INTERFACE_INCLUDES = {
 # Sections that exist only in the implementation.
 IMPLEMENTATION_ONLY = {"Wire"}
 # Where in Part C each of these may stand: the wire format is known in one place, and so is the
-# HTTP library. Registry and Config keep JSON in etcd, and Config hands it out; MemoryEtcd is the
-# other end of the wire.
+# HTTP library. Registry and Config keep JSON in etcd, and Config hands it out, as Client::call does;
+# MemoryEtcd is the other end of the wire.
 CONFINED = {
     r"\bhttplib::|<httplib\.h>": {"Transport"},
     r"\bopenssl/|\bSSL_\w+\(": {"Transport"},
     r"\b(nlohmann::json|[Jj]son)::parse\(|\.dump\(|->dump\(": {"Wire"},
-    r"\bnlohmann::|\bJson\b": {"Wire", "Registry", "Config", "Globals", "MemoryEtcd"},
+    r"\bnlohmann::|\bJson\b": {"Wire", "Client", "Registry", "Config", "Globals", "MemoryEtcd"},
 }
 # Part C's includes stand at its head, before the first section.
 MAX_COLUMNS = 100

@@ -214,6 +214,39 @@ TEST_CASE("client: a write is not repeated once it may have been applied") {
   }
 }
 
+TEST_CASE("client: any other call is sent once it may have been applied, unless it only reads") {
+  Setup setup;
+  auto& client = setup.client();
+  auto& etcd = *setup.etcd;
+  const char* path = "/v3/cluster/member/add";
+  const json body = {{"peerURLs", {"http://a:1"}}};
+  etcd.next(path, lost());
+  check_error(client.call(path, body), ErrorCode::Connection, Outcome::MaybeApplied);
+  CHECK(etcd.count(path) == 1);
+
+  etcd.clear();
+  etcd.next(path, refused());
+  etcd.next(path, ok(reply(9, R"("member":{"ID":"18446744073709551615"})")));
+  const auto added = client.call(path, body);
+  REQUIRE_MESSAGE(added, text_of(added));
+  CHECK(added->at("member").at("ID") == "18446744073709551615");
+  CHECK(etcd.count(path) == 2);
+  CHECK(json::parse(etcd.seen().back().request.body) == body);
+
+  etcd.clear();
+  path = "/v3/cluster/member/list";
+  etcd.next(path, lost());
+  etcd.next(path, ok("{}"));
+  const auto list = client.call(path, {}, Effect::Reads);
+  REQUIRE_MESSAGE(list, text_of(list));
+  CHECK(*list == json::object());
+  CHECK(etcd.count(path) == 2);
+  CHECK(etcd.seen().back().request.body == "{}");
+
+  etcd.next(path, ok(R"({"members":[]})"));
+  check_error(client.call(path, {}), ErrorCode::Internal, Outcome::MaybeApplied);
+}
+
 TEST_CASE("client: a write is repeated where it was certainly not applied") {
   Setup setup;
   auto& client = setup.client();
