@@ -256,8 +256,12 @@ unsigned this_process();
 /// locked.
 void bury(std::shared_ptr<void> state);
 
+/// A state of a Coordinator that is closed.
+template <class State>
+const std::shared_ptr<State>& stand_in();
+
 /// A share of a state of this process. Where there is none, since it was moved from or is another
-/// process's, it stands for stand_in(), one that is closed.
+/// process's, it stands for stand_in().
 template <class State>
 class Share {
  public:
@@ -273,9 +277,7 @@ class Share {
 
   /// Null where there is none.
   State* mine() const { return process_ == this_process() ? state_.get() : nullptr; }
-  const std::shared_ptr<State>& get() const {
-    return mine() ? state_ : stand_in(static_cast<State*>(nullptr));
-  }
+  const std::shared_ptr<State>& get() const { return mine() ? state_ : stand_in<State>(); }
   operator const std::shared_ptr<State>&() const { return get(); }
   State* operator->() const { return get().get(); }
   State& operator*() const { return *get(); }
@@ -646,7 +648,6 @@ class Watch;
 
 namespace detail {
 struct ClientState;
-const std::shared_ptr<ClientState>& stand_in(ClientState*);
 }  // namespace detail
 
 /// etcd in its own vocabulary: bytes in, bytes out, keys as they are (no prefix is added).
@@ -702,7 +703,6 @@ class Client {
 
 namespace detail {
 struct LeaseState;
-const std::shared_ptr<LeaseState>& stand_in(LeaseState*);
 void let_go(const std::shared_ptr<LeaseState>& lease);
 }  // namespace detail
 
@@ -880,10 +880,8 @@ class [[nodiscard]] Subscription {
 namespace detail {
 
 struct CoordinatorState;
-const std::shared_ptr<CoordinatorState>& stand_in(CoordinatorState*);
 void let_go(const std::shared_ptr<CoordinatorState>& state);
 struct OwnedKey;
-const std::shared_ptr<OwnedKey>& stand_in(OwnedKey*);
 void let_go(const std::shared_ptr<OwnedKey>& owned);
 
 template <class T>
@@ -1124,9 +1122,7 @@ struct RegisterOptions {
 namespace detail {
 struct ViewCore;
 class RegistrationState;
-const std::shared_ptr<RegistrationState>& stand_in(RegistrationState*);
 void let_go(const std::shared_ptr<RegistrationState>& registration);
-const std::shared_ptr<ViewCore>& stand_in(ViewCore*);
 void let_go(const std::shared_ptr<ViewCore>& view);
 }  // namespace detail
 
@@ -1186,14 +1182,16 @@ class ServiceRegistry {
  public:
   /// Registers, also over the record of somebody else, who gives way; returns the revision. The
   /// record stays until unregister or close, and comes back by itself (see HealPolicy), but never
-  /// over another's: one that was replaced comes back when that has gone.
+  /// over another's: one that was replaced comes back when that has gone. Registered again by this
+  /// Coordinator, it has the new options in place of the old ones.
   /// Errors: Validation also for an empty address, a port outside 1-65535, a TTL <= 0.
   Result<std::int64_t> register_service(ServiceInfo service, Context ctx = {}) {
     return register_service(std::move(service), RegisterOptions{}, std::move(ctx));
   }
   Result<std::int64_t> register_service(ServiceInfo service, RegisterOptions options,
                                         Context ctx = {});
-  /// The same, until the handle is destroyed.
+  /// The same, until the handle is destroyed. Each handle is a registration of its own: the later
+  /// one replaces the earlier, as another process would.
   Result<Registration> register_scoped(ServiceInfo service, RegisterOptions options = {},
                                        Context ctx = {});
   /// Gives every registration with this id that this Coordinator has made other metadata, without
@@ -7713,23 +7711,25 @@ struct WatchPlan {
 };
 
 template <class Event>
-Result<Watch<Event>> open_watch(const WatchPlan<Event>& plan, const Context& ctx) {
-  auto mailbox = plan.mailbox();
-  auto started = mailbox->start(plan.include_existing, ctx);
+Result<Watch<Event>> open_watch(const Result<WatchPlan<Event>>& plan, const Context& ctx) {
+  if (!plan) return plan.error();
+  auto mailbox = plan->mailbox();
+  auto started = mailbox->start(plan->include_existing, ctx);
   if (!started) return started.error();
-  return Watch<Event>(std::make_shared<MailboxSource<Event>>(std::move(mailbox), plan.decode));
+  return Watch<Event>(std::make_shared<MailboxSource<Event>>(std::move(mailbox), plan->decode));
 }
 
 template <class Event>
-Result<Subscription> subscribe(const WatchPlan<Event>& plan,
+Result<Subscription> subscribe(const Result<WatchPlan<Event>>& plan,
                                std::function<void(const Event&)> handler, const Context& ctx) {
+  if (!plan) return plan.error();
   if (!handler) return invalid("a handler is empty");
-  auto mailbox = plan.mailbox();
-  mailbox->set_handler([decode = plan.decode, handler = std::move(handler)](WatchEvent event) {
+  auto mailbox = plan->mailbox();
+  mailbox->set_handler([decode = plan->decode, handler = std::move(handler)](WatchEvent event) {
     auto decoded = decode(std::move(event));
     if (decoded) handler(*decoded);
   });
-  auto started = mailbox->start(plan.include_existing, ctx);
+  auto started = mailbox->start(plan->include_existing, ctx);
   if (!started) return mailbox->cancel(), started.error();
   return Subscription(std::move(mailbox));
 }
@@ -7822,20 +7822,16 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
 };
 
-COORDINATION_API WatchPlan<WatchEvent> raw_plan(std::shared_ptr<ClientState> client,
-                                                WatchRequest request) {
+COORDINATION_API Result<WatchPlan<WatchEvent>> raw_plan(std::shared_ptr<ClientState> client,
+                                                        WatchRequest request) {
+  if (request.key.empty() && request.range_end.empty()) return empty_key();
+  if (request.start_revision < 0) return invalid("a start revision is negative");
+  if (request.no_put && request.no_delete) return invalid("a watch filters out all events");
   WatchPlan<WatchEvent> plan;
   plan.client = std::move(client);
   plan.request = std::move(request);
   plan.decode = [](WatchEvent event) { return std::optional<WatchEvent>(std::move(event)); };
   return plan;
-}
-
-COORDINATION_API Result<void> validate_watch(const WatchRequest& request) {
-  if (request.key.empty() && request.range_end.empty()) return empty_key();
-  if (request.start_revision < 0) return invalid("a start revision is negative");
-  if (request.no_put && request.no_delete) return invalid("a watch filters out all events");
-  return {};
 }
 
 }  // namespace detail
@@ -7845,8 +7841,6 @@ COORDINATION_API const char* to_string(EventType type) {
 }
 
 COORDINATION_API Result<Watch<WatchEvent>> Client::watch(WatchRequest request, Context ctx) {
-  auto valid = detail::validate_watch(request);
-  if (!valid) return valid.error();
   return detail::open_watch(detail::raw_plan(state_, std::move(request)), ctx);
 }
 
@@ -7859,8 +7853,6 @@ COORDINATION_API Result<Watch<WatchEvent>> Client::watch(std::string key, Contex
 COORDINATION_API Result<Subscription> Client::watch(WatchRequest request,
                                                     std::function<void(const WatchEvent&)> handler,
                                                     Context ctx) {
-  auto valid = detail::validate_watch(request);
-  if (!valid) return valid.error();
   return detail::subscribe(detail::raw_plan(state_, std::move(request)), std::move(handler), ctx);
 }
 
@@ -8242,11 +8234,18 @@ COORDINATION_API bool of_another_queue(const std::string& key, const std::string
   return key.find('/', prefix.size()) != std::string::npos;
 }
 
+/// Of all keys that begin with `prefix`.
+template <class Request>
+Request request_under(std::string prefix) {
+  Request request;
+  request.range_end = prefix_range_end(prefix);
+  request.key = std::move(prefix);
+  return request;
+}
+
 /// Of equals the one with the lower key, as etcd sorts them.
 COORDINATION_API RangeRequest oldest_under(const std::string& prefix, std::int64_t limit = 1) {
-  RangeRequest range;
-  range.key = prefix;
-  range.range_end = prefix_range_end(prefix);
+  auto range = request_under<RangeRequest>(prefix);
   range.sort_order = SortOrder::Ascend;
   range.sort_target = SortTarget::Create;
   range.limit = limit;
@@ -8280,7 +8279,8 @@ class Contender {
   Result<OwnedKeyPtr> acquire(const Context& ctx) {
     auto waiting = join_contexts({&ctx, &client_->open});
     while (true) {
-      auto turn = take_place(ctx);
+      auto prepared = prepare(ctx);
+      auto turn = prepared ? enter(ctx) : prepared.error();
       while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
       if (turn && turn->place == Place::Head && lease_->held()) return own();
       if (!turn && (client_->closing || is_final(turn.error()))) return give_up(turn.error());
@@ -8340,11 +8340,6 @@ class Contender {
     return {};
   }
 
-  Result<Turn> take_place(const Context& ctx) {
-    auto prepared = prepare(ctx);
-    return prepared ? enter(ctx) : prepared.error();
-  }
-
   OwnedKeyPtr own() {
     auto owned = std::make_shared<OwnedKey>(client_, key_, token_, lease_);
     owned->begin();
@@ -8381,9 +8376,7 @@ class Contender {
   /// them.
   Op read_earlier(std::int64_t most_revision, int own) const {
     bool shared = rule_.kind == QueueRule::Kind::Shared;
-    RangeRequest range;
-    range.key = prefix_;
-    range.range_end = prefix_range_end(prefix_);
+    auto range = request_under<RangeRequest>(prefix_);
     range.sort_order = SortOrder::Descend;
     range.sort_target = SortTarget::Create;
     range.max_create_revision = most_revision;
@@ -8456,11 +8449,22 @@ class Contender {
 
   /// A put that was sent twice may arrive once more after the key was deleted: its lease must go,
   /// so that it cannot make a key that is nobody's.
-  Result<TxnResponse> commit_put(const Txn& txn, const Context& ctx) {
+  template <class Judge>
+  Result<Turn> put_key(const Txn& txn, const Context& ctx, Judge&& judge) {
     bool repeated = false;
     auto done = client_->commit(txn, Safety::Idempotent, ctx, &repeated);
     if (repeated) lease_->tainted = true;
-    return done;
+    if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
+    if (!done) return done.error();
+    if (done->succeeded) token_ = done->revision;
+    return judge(*done);
+  }
+
+  /// What an earlier attempt has put; nothing if it has gone.
+  Result<Turn> look_for_own(const RangeResponse& own, const Context& ctx) {
+    if (own.kvs.empty()) return Turn{};
+    token_ = own.kvs.front().create_revision;
+    return look(ctx);
   }
 
   /// Takes a place in the queue. May be repeated: the second time finds the key of the first.
@@ -8471,18 +8475,10 @@ class Contender {
         .then(read_earlier(0, 1))
         .then(Op::range(oldest_under(prefix_)))
         .otherwise(Op::get(key_));
-    auto done = commit_put(txn, ctx);
-    if (!done && done.error().code == ErrorCode::NotFound) return Turn{};  // the lease is gone
-    if (!done) return done.error();
-    queued_ = true;
-    if (done->succeeded) {
-      token_ = done->revision;
-      return judge(*done, ctx);
-    }
-    auto& mine = done->range(0).kvs;
-    if (mine.empty()) return Turn{};
-    token_ = mine.front().create_revision;
-    return look(ctx);
+    return put_key(txn, ctx, [&](const TxnResponse& done) {
+      queued_ = true;
+      return done.succeeded ? judge(done, ctx) : look_for_own(done.range(0), ctx);
+    });
   }
 
   /// Takes the head of the queue if nobody is in it.
@@ -8492,23 +8488,17 @@ class Contender {
     Txn txn;
     txn.when(nobody).then(Op::put(key_, value_, lease_->id));
     txn.otherwise(Op::get(key_)).otherwise(Op::range(oldest_under(prefix_, 10)));
-    auto done = commit_put(txn, ctx);
-    if (!done && done.error().code == ErrorCode::NotFound) return Turn{};
-    if (!done) return done.error();
-    if (done->succeeded) {
-      token_ = done->revision;
-      return Turn{Place::Head, {}};
-    }
-    auto& mine = done->range(0).kvs;
-    auto& seen = done->range(1).kvs;
-    blame(seen);
-    bool foreign = std::all_of(seen.begin(), seen.end(), [&](const KeyValue& kv) {
-      return of_another_queue(kv.key, prefix_);
+    return put_key(txn, ctx, [&](const TxnResponse& done) -> Result<Turn> {
+      if (done.succeeded) return Turn{Place::Head, {}};
+      auto& own = done.range(0);
+      if (!own.kvs.empty()) return look_for_own(own, ctx);
+      auto& seen = done.range(1).kvs;
+      blame(seen);
+      bool foreign = std::all_of(seen.begin(), seen.end(), [&](const KeyValue& kv) {
+        return of_another_queue(kv.key, prefix_);
+      });
+      return foreign ? enter(ctx) : Turn{Place::Behind, {}};
     });
-    if (mine.empty() && foreign) return enter(ctx);
-    if (mine.empty()) return Turn{Place::Behind, {}};
-    token_ = mine.front().create_revision;
-    return look(ctx);
   }
 
   /// Where we stand now.
@@ -8793,8 +8783,7 @@ COORDINATION_API Result<WatchPlan<LeaderInfo>> observe_plan(const CoordinatorSta
   if (!valid) return valid.error();
   WatchPlan<LeaderInfo> plan;
   plan.client = state.client;
-  plan.request.key = state.path("/elections/", name) + "/";
-  plan.request.range_end = prefix_range_end(plan.request.key);
+  plan.request = request_under<WatchRequest>(state.path("/elections/", name) + "/");
   plan.mode = RangeFeed::Mode::ByAge;
   plan.include_existing = true;
   plan.decode = LeaderTracker(plan.request.key);
@@ -8804,16 +8793,12 @@ COORDINATION_API Result<WatchPlan<LeaderInfo>> observe_plan(const CoordinatorSta
 }  // namespace detail
 
 COORDINATION_API Result<Watch<LeaderInfo>> Election::observe(std::string name, Context ctx) {
-  auto plan = detail::observe_plan(*state_, name);
-  if (!plan) return plan.error();
-  return detail::open_watch(*plan, ctx);
+  return detail::open_watch(detail::observe_plan(*state_, name), ctx);
 }
 
 COORDINATION_API Result<Subscription> Election::observe(
     std::string name, std::function<void(const LeaderInfo&)> handler, Context ctx) {
-  auto plan = detail::observe_plan(*state_, name);
-  if (!plan) return plan.error();
-  return detail::subscribe(*plan, std::move(handler), ctx);
+  return detail::subscribe(detail::observe_plan(*state_, name), std::move(handler), ctx);
 }
 
 // == 10. Registry ===============================================================================
@@ -8867,8 +8852,11 @@ COORDINATION_API Error not_registered(const std::string& id) {
 /// Watch and leases only give hints that something has changed; what has is found out in turn.
 class RegistrationState : public HubSink, public std::enable_shared_from_this<RegistrationState> {
  public:
-  RegistrationState(std::shared_ptr<ClientState> client, std::string key, std::string id)
-      : client_(std::move(client)), key_(std::move(key)), id_(std::move(id)),
+  const bool of_handle;  // and of nobody else's: two handles replace each other as strangers do
+
+  RegistrationState(std::shared_ptr<ClientState> client, std::string key, std::string id,
+                    bool for_handle = true)
+      : of_handle(for_handle), client_(std::move(client)), key_(std::move(key)), id_(std::move(id)),
         strand_(std::make_shared<Strand>(client_->executor, client_->executor->callbacks,
                                          client_->log, "on_event of " + key_)) {}
 
@@ -8899,6 +8887,8 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
       if (ended_ || !may) return not_registered(id_);
       auto service = service_;
       service.metadata = metadata;
+      auto valid = validate_service(service);
+      if (!valid) return valid.error();
       auto written = write(service, {false, restores()}, written_, ctx);
       if (!written) return written.error();
       if (written->whose != Whose::Ours) {
@@ -9014,12 +9004,8 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
                        [id](const LeasePtr& lease) { return lease->id == id && lease->held(); });
   }
   void drop_leases() {
-    std::vector<LeasePtr> dropped;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      dropped.swap(leases_);
-    }
-    for (auto& lease : dropped) client_->leases->drop(lease);
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& lease : std::exchange(leases_, {})) client_->leases->drop(lease);
   }
 
   /// Does it if the record is as it was at `expected` (0: there is none); else says what is there.
@@ -9101,15 +9087,12 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
 
   /// The record hangs on this lease and on no other, or certainly not on this one: the rest goes.
   void settle(const LeasePtr& lease, bool written) {
-    std::vector<LeasePtr> dropped;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      auto stays = [&](const LeasePtr& each) { return (each == lease) == written; };
-      auto rest = std::partition(leases_.begin(), leases_.end(), stays);
-      dropped.assign(rest, leases_.end());
-      leases_.erase(rest, leases_.end());
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (auto& each : std::exchange(leases_, {})) {
+      bool stays = (each == lease) == written;
+      stays ? leases_.push_back(each) : client_->leases->drop(each);
     }
-    for (auto& each : dropped) client_->leases->drop(each);
+    lock.unlock();
     if (written) follow();
   }
 
@@ -9197,27 +9180,39 @@ using RegistrationPtr = std::shared_ptr<RegistrationState>;
 
 struct RegistryState {
   std::mutex mutex;
-  std::map<std::string, RegistrationPtr> by_key;
+  std::multimap<std::string, RegistrationPtr> by_key;
 
-  /// The one for this key; a new one where there is none that lives.
+  /// The one for this key; a new one where there is none that lives, and for a handle.
   RegistrationPtr get(const std::shared_ptr<ClientState>& client, const std::string& key,
-                      const std::string& id) {
+                      const std::string& id, bool for_handle) {
+    auto usable = [for_handle](const auto& entry) {
+      return !for_handle && !entry.second->of_handle && !entry.second->ended();
+    };
     std::lock_guard<std::mutex> lock(mutex);
-    auto& slot = by_key[key];
-    if (!slot || slot->ended()) slot = std::make_shared<RegistrationState>(client, key, id);
-    return slot;
+    if (for_handle) forget_ended();
+    auto [first, last] = by_key.equal_range(key);
+    auto found = std::find_if(first, last, usable);
+    if (found != last) return found->second;
+    auto made = std::make_shared<RegistrationState>(client, key, id, for_handle);
+    return by_key.emplace(key, std::move(made))->second;
   }
 
   /// Those with this id, or all.
   std::vector<RegistrationPtr> find(const std::string* id) {
     std::vector<RegistrationPtr> found;
     std::lock_guard<std::mutex> lock(mutex);
-    for (auto it = by_key.begin(); it != by_key.end();) {
-      bool ended = it->second->ended();
-      if (!ended && (!id || it->second->id() == *id)) found.push_back(it->second);
-      it = ended ? by_key.erase(it) : std::next(it);
+    forget_ended();
+    for (auto& entry : by_key) {
+      if (!id || entry.second->id() == *id) found.push_back(entry.second);
     }
     return found;
+  }
+
+ private:
+  void forget_ended() {
+    for (auto it = by_key.begin(); it != by_key.end();) {
+      it = it->second->ended() ? by_key.erase(it) : std::next(it);
+    }
   }
 };
 
@@ -9242,14 +9237,6 @@ COORDINATION_API std::optional<ServiceEvent> service_event(const WatchEvent& eve
   return result;
 }
 
-COORDINATION_API WatchRequest prefix_request(std::string prefix, std::size_t queue_size = 1024) {
-  WatchRequest request;
-  request.range_end = prefix_range_end(prefix);
-  request.key = std::move(prefix);
-  request.queue_size = queue_size;
-  return request;
-}
-
 COORDINATION_API Result<WatchPlan<ServiceEvent>> services_plan(const CoordinatorState& state,
                                                                const std::string& name,
                                                                const WatchOptions& options) {
@@ -9257,7 +9244,8 @@ COORDINATION_API Result<WatchPlan<ServiceEvent>> services_plan(const Coordinator
   if (!valid) return valid.error();
   WatchPlan<ServiceEvent> plan;
   plan.client = state.client;
-  plan.request = prefix_request(state.path("/services/", name) + "/", options.queue_size);
+  plan.request = request_under<WatchRequest>(state.path("/services/", name) + "/");
+  plan.request.queue_size = options.queue_size;
   plan.mode = RangeFeed::Mode::LiveWithValues;
   plan.include_existing = options.include_existing;
   plan.decode = [log = state.client->log](const WatchEvent& event) {
@@ -9266,14 +9254,15 @@ COORDINATION_API Result<WatchPlan<ServiceEvent>> services_plan(const Coordinator
   return plan;
 }
 
-COORDINATION_API Result<std::shared_ptr<ViewCore>> open_view(const CoordinatorState& state,
-                                                             std::string prefix,
-                                                             const Context& ctx) {
-  auto core = std::make_shared<ViewCore>(state.client, prefix_request(prefix));
+template <class View>
+Result<View> open_view(const CoordinatorState& state, WatchRequest request, std::string prefix,
+                       std::function<bool(const std::string&)> shows, const Context& ctx) {
+  auto core = std::make_shared<ViewCore>(state.client, std::move(request));
   core->prefix = std::move(prefix);
+  core->shows = std::move(shows);
   auto started = core->feed->start(core, false, ctx);
   if (!started) return started.error();
-  return core;
+  return View(std::move(core));
 }
 
 /// The records of a view, decoded once per change.
@@ -9293,13 +9282,13 @@ COORDINATION_API std::shared_ptr<const std::vector<ServiceInfo>> decoded_service
 /// The registration, and the revision.
 COORDINATION_API Result<std::pair<RegistrationPtr, std::int64_t>> register_record(
     const CoordinatorState& state, const ServiceInfo& service, const RegisterOptions& options,
-    const Context& given) {
+    bool for_handle, const Context& given) {
   auto valid = validate_service(service);
   if (!valid) return valid.error();
   auto ctx = state.client->bounded(given);
   auto key = state.path("/services/", service.name) + "/" + service.id;
   while (!state.client->closing) {
-    auto registration = state.registry->get(state.client, key, service.id);
+    auto registration = state.registry->get(state.client, key, service.id, for_handle);
     auto revision = registration->make(service, options, ctx);
     if (!revision) return revision.error();
     if (*revision > 0) return std::make_pair(std::move(registration), *revision);
@@ -9323,17 +9312,12 @@ Result<std::int64_t> for_each_registration(const CoordinatorState& state, const 
   return last;
 }
 
-COORDINATION_API Result<void> validate_metadata(
-    const std::map<std::string, std::string>& metadata) {
-  return validate_service({"id", "name", "address", 1, metadata});
-}
-
 }  // namespace detail
 
 COORDINATION_API Result<std::int64_t> ServiceRegistry::register_service(ServiceInfo service,
                                                                         RegisterOptions options,
                                                                         Context ctx) {
-  auto made = detail::register_record(*state_, service, options, ctx);
+  auto made = detail::register_record(*state_, service, options, false, ctx);
   if (!made) return made.error();
   return made->second;
 }
@@ -9341,15 +9325,13 @@ COORDINATION_API Result<std::int64_t> ServiceRegistry::register_service(ServiceI
 COORDINATION_API Result<Registration> ServiceRegistry::register_scoped(ServiceInfo service,
                                                                        RegisterOptions options,
                                                                        Context ctx) {
-  auto made = detail::register_record(*state_, service, options, ctx);
+  auto made = detail::register_record(*state_, service, options, true, ctx);
   if (!made) return made.error();
   return Registration(std::move(made->first));
 }
 
 COORDINATION_API Result<std::int64_t> ServiceRegistry::update(
     std::string id, std::map<std::string, std::string> metadata, Context ctx) {
-  auto valid = detail::validate_metadata(metadata);
-  if (!valid) return valid.error();
   ctx = state_->client->bounded(ctx);
   return detail::for_each_registration(*state_, id, [&](detail::RegistrationState& registration) {
     return registration.update(metadata, ctx);
@@ -9368,8 +9350,6 @@ COORDINATION_API void detail::let_go(const std::shared_ptr<RegistrationState>& r
 
 COORDINATION_API Result<std::int64_t> Registration::update(
     std::map<std::string, std::string> metadata, Context ctx) {
-  auto valid = detail::validate_metadata(metadata);
-  if (!valid) return valid.error();
   if (state_->client()->closing) return detail::closed_error();
   return state_->update(metadata, state_->client()->bounded(ctx));
 }
@@ -9384,9 +9364,7 @@ COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std:
                                                                             Context ctx) {
   auto valid = detail::validate_segment(name, "name");
   if (!valid) return valid.error();
-  RangeRequest range;
-  range.key = state_->path("/services/", name) + "/";
-  range.range_end = prefix_range_end(range.key);
+  auto range = detail::request_under<RangeRequest>(state_->path("/services/", name) + "/");
   auto all = detail::read_range(*state_->client, range, state_->client->bounded(ctx));
   if (!all) return all.error();
   std::vector<ServiceInfo> services;
@@ -9400,25 +9378,21 @@ COORDINATION_API Result<std::vector<ServiceInfo>> ServiceRegistry::discover(std:
 COORDINATION_API Result<Watch<ServiceEvent>> ServiceRegistry::watch(std::string name,
                                                                     WatchOptions options,
                                                                     Context ctx) {
-  auto plan = detail::services_plan(*state_, name, options);
-  if (!plan) return plan.error();
-  return detail::open_watch(*plan, ctx);
+  return detail::open_watch(detail::services_plan(*state_, name, options), ctx);
 }
 
 COORDINATION_API Result<Subscription> ServiceRegistry::watch(
     std::string name, std::function<void(const ServiceEvent&)> handler, WatchOptions options,
     Context ctx) {
-  auto plan = detail::services_plan(*state_, name, options);
-  if (!plan) return plan.error();
-  return detail::subscribe(*plan, std::move(handler), ctx);
+  return detail::subscribe(detail::services_plan(*state_, name, options), std::move(handler), ctx);
 }
 
 COORDINATION_API Result<ServiceView> ServiceRegistry::view(std::string name, Context ctx) {
   auto valid = detail::validate_segment(name, "name");
   if (!valid) return valid.error();
-  auto core = detail::open_view(*state_, state_->path("/services/", name) + "/", ctx);
-  if (!core) return core.error();
-  return ServiceView(std::move(*core));
+  auto prefix = state_->path("/services/", name) + "/";
+  auto request = detail::request_under<WatchRequest>(prefix);
+  return detail::open_view<ServiceView>(*state_, std::move(request), prefix, nullptr, ctx);
 }
 
 COORDINATION_API void detail::let_go(const std::shared_ptr<ViewCore>& view) { view->close(); }
@@ -9480,31 +9454,37 @@ COORDINATION_API Result<std::string> config_bytes(const std::string& key,
   return invalid("the value of " + key + " cannot be written as JSON");
 }
 
-COORDINATION_API std::string config_prefix(const CoordinatorState& state) {
-  return state.path("/config/", "");
-}
-
-/// `prefix` and what stands under it, as two ranges would be: one range, and a test.
+/// `prefix` and what stands under it, as two ranges would be: one range, and a test. Or one key.
 struct ConfigRange {
   std::string root;    // "<key_prefix>/config/"
   std::string prefix;  // as given; "" = all
-  bool itself{true};   // with `prefix`, and so with the range that lies between
+  bool below{true};
+  bool itself{true};  // with `prefix`, and so with the range that lies between
   std::string folder() const { return root + prefix + (prefix.empty() ? "" : "/"); }
   bool contains(const std::string& key) const {
     auto path = folder();
-    return (itself && key == root + prefix) || key.compare(0, path.size(), path) == 0;
+    return (itself && key == root + prefix) || (below && key.compare(0, path.size(), path) == 0);
   }
-  std::string begin() const { return itself ? root + prefix : folder(); }
-  std::string end() const { return prefix_range_end(folder()); }
+  template <class Request>
+  Request request() const {
+    Request request;
+    request.key = itself ? root + prefix : folder();
+    if (below) request.range_end = prefix_range_end(folder());
+    return request;
+  }
 };
 
 COORDINATION_API Result<ConfigRange> config_range(const CoordinatorState& state,
                                                   std::string prefix) {
-  if (!prefix.empty()) {
-    auto valid = validate_key(prefix, "prefix");
-    if (!valid) return valid.error();
-  }
-  return ConfigRange{config_prefix(state), std::move(prefix)};
+  auto valid = prefix.empty() ? Result<void>() : validate_key(prefix, "prefix");
+  if (!valid) return valid.error();
+  return ConfigRange{state.path("/config/", ""), std::move(prefix)};
+}
+
+COORDINATION_API Result<ConfigRange> config_key(const CoordinatorState& state, std::string key) {
+  auto valid = validate_key(key, "key");
+  if (!valid) return valid.error();
+  return ConfigRange{state.path("/config/", ""), std::move(key), false};
 }
 
 /// What `fn` makes of the range of `prefix`, or, where that is more than may be read, of what is
@@ -9530,37 +9510,17 @@ COORDINATION_API ConfigEvent config_event(const WatchEvent& event, std::size_t r
   return result;
 }
 
-COORDINATION_API WatchPlan<ConfigEvent> config_plan(const CoordinatorState& state,
-                                                    const WatchOptions& options) {
+COORDINATION_API Result<WatchPlan<ConfigEvent>> config_plan(const CoordinatorState& state,
+                                                            const Result<ConfigRange>& range,
+                                                            const WatchOptions& options) {
+  if (!range) return range.error();
   WatchPlan<ConfigEvent> plan;
   plan.client = state.client;
+  plan.request = range->request<WatchRequest>();
   plan.request.queue_size = options.queue_size;
   plan.mode = RangeFeed::Mode::Live;
   plan.include_existing = options.include_existing;
-  return plan;
-}
-
-COORDINATION_API Result<WatchPlan<ConfigEvent>> config_key_plan(const CoordinatorState& state,
-                                                                const std::string& key,
-                                                                const WatchOptions& options) {
-  auto valid = validate_key(key, "key");
-  if (!valid) return valid.error();
-  auto plan = config_plan(state, options);
-  plan.request.key = state.path("/config/", key);
-  auto root = config_prefix(state).size();
-  plan.decode = [root](WatchEvent event) {
-    return std::optional<ConfigEvent>(config_event(event, root));
-  };
-  return plan;
-}
-
-COORDINATION_API WatchPlan<ConfigEvent> config_range_plan(const CoordinatorState& state,
-                                                          const ConfigRange& range,
-                                                          const WatchOptions& options) {
-  auto plan = config_plan(state, options);
-  plan.request.key = range.begin();
-  plan.request.range_end = range.end();
-  plan.decode = [range](const WatchEvent& event) -> std::optional<ConfigEvent> {
+  plan.decode = [range = *range](const WatchEvent& event) -> std::optional<ConfigEvent> {
     if (!range.contains(event.kv.key)) return std::nullopt;
     return config_event(event, range.root.size());
   };
@@ -9582,11 +9542,9 @@ COORDINATION_API Error no_config(const std::string& key) {
 }  // namespace detail
 
 COORDINATION_API Result<ConfigEntry> ConfigCenter::get_entry(std::string key, Context ctx) {
-  auto valid = detail::validate_key(key, "key");
-  if (!valid) return valid.error();
-  RangeRequest range;
-  range.key = state_->path("/config/", key);
-  auto found = state_->client->read(range, ctx);
+  auto range = detail::config_key(*state_, key);
+  if (!range) return range.error();
+  auto found = state_->client->read(range->request<RangeRequest>(), ctx);
   if (!found) return found.error();
   if (found->kvs.empty()) return detail::no_config(key);
   return detail::config_entry(found->kvs.front(), std::move(key));
@@ -9656,9 +9614,7 @@ COORDINATION_API Result<std::vector<std::string>> ConfigCenter::list(std::string
                                                                      Context ctx) {
   ctx = state_->client->bounded(ctx);
   auto read = [&](const detail::ConfigRange& range) -> Result<std::vector<std::string>> {
-    RangeRequest request;
-    request.key = range.begin();
-    request.range_end = range.end();
+    auto request = range.request<RangeRequest>();
     request.keys_only = true;
     auto all = detail::read_range(*state_->client, request, ctx);
     if (!all) return all.error();
@@ -9677,17 +9633,15 @@ COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key,
 
 COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch(std::string key,
                                                                 WatchOptions options, Context ctx) {
-  auto plan = detail::config_key_plan(*state_, key, options);
-  if (!plan) return plan.error();
-  return detail::open_watch(*plan, ctx);
+  auto range = detail::config_key(*state_, std::move(key));
+  return detail::open_watch(detail::config_plan(*state_, range, options), ctx);
 }
 
 COORDINATION_API Result<Subscription> ConfigCenter::watch(
     std::string key, std::function<void(const ConfigEvent&)> handler, WatchOptions options,
     Context ctx) {
-  auto plan = detail::config_key_plan(*state_, key, options);
-  if (!plan) return plan.error();
-  return detail::subscribe(*plan, std::move(handler), ctx);
+  auto range = detail::config_key(*state_, std::move(key));
+  return detail::subscribe(detail::config_plan(*state_, range, options), std::move(handler), ctx);
 }
 
 COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::string prefix,
@@ -9700,7 +9654,7 @@ COORDINATION_API Result<Watch<ConfigEvent>> ConfigCenter::watch_prefix(std::stri
                                                                        Context ctx) {
   ctx = state_->client->bounded(ctx);
   return detail::within_rights(*state_, std::move(prefix), [&](const detail::ConfigRange& range) {
-    return detail::open_watch(detail::config_range_plan(*state_, range, options), ctx);
+    return detail::open_watch(detail::config_plan(*state_, range, options), ctx);
   });
 }
 
@@ -9709,22 +9663,16 @@ COORDINATION_API Result<Subscription> ConfigCenter::watch_prefix(
     Context ctx) {
   ctx = state_->client->bounded(ctx);
   return detail::within_rights(*state_, std::move(prefix), [&](const detail::ConfigRange& range) {
-    return detail::subscribe(detail::config_range_plan(*state_, range, options), handler, ctx);
+    return detail::subscribe(detail::config_plan(*state_, range, options), handler, ctx);
   });
 }
 
 COORDINATION_API Result<ConfigView> ConfigCenter::view(std::string prefix, Context ctx) {
   ctx = state_->client->bounded(ctx);
-  auto open = [&](const detail::ConfigRange& range) -> Result<ConfigView> {
-    WatchRequest request;
-    request.key = range.begin();
-    request.range_end = range.end();
-    auto core = std::make_shared<detail::ViewCore>(state_->client, std::move(request));
-    core->prefix = range.root;
-    core->shows = [range](const std::string& key) { return range.contains(key); };
-    auto started = core->feed->start(core, false, ctx);
-    if (!started) return started.error();
-    return ConfigView(std::move(core));
+  auto open = [&](const detail::ConfigRange& range) {
+    auto shows = [range](const std::string& key) { return range.contains(key); };
+    auto request = range.request<WatchRequest>();
+    return detail::open_view<ConfigView>(*state_, std::move(request), range.root, shows, ctx);
   };
   return detail::within_rights(*state_, std::move(prefix), open);
 }
@@ -9971,33 +9919,31 @@ COORDINATION_API void close_coordinator(CoordinatorState& state,
   state.changed.notify_all();
 }
 
-/// Those that are open are closed by exit(), which does not wait for handlers that do not return.
-/// It is told so again after the first answer that each kind of transport has got: so their own
-/// static objects are still there.
+/// Those that are open.
+struct OpenCoordinators {
+  std::mutex mutex;
+  std::vector<std::weak_ptr<CoordinatorState>> states;
+};
+
+COORDINATION_API void close_open_ones() {
+  auto& open = process_wide<OpenCoordinators>();
+  std::unique_lock<std::mutex> lock(open.mutex);
+  auto states = open.states;
+  lock.unlock();
+  for (auto& weak : states) {
+    auto soon = steady_clock::now() + std::chrono::seconds(1);
+    if (auto one = weak.lock()) close_coordinator(*one, soon);
+  }
+}
+
+/// By exit(), which does not wait for handlers that do not return. It is told so again after the
+/// first answer that each kind of transport has got: so their own static objects are still there.
 COORDINATION_API void close_at_exit(const std::shared_ptr<CoordinatorState>& state) {
-  struct Open {
-    std::mutex mutex;
-    std::vector<std::weak_ptr<CoordinatorState>> states;
-  };
   static std::array<std::once_flag, 3> told;
-  auto& options = state->client->options;
   bool tls = state->client->members->url(0).compare(0, 6, "https:") == 0;
-  std::call_once(told.at(options.transport ? 0
-                         : tls             ? 1
-                                           : 2),
-                 [] {
-                   std::atexit([] {
-                     auto& open = process_wide<Open>();
-                     std::unique_lock<std::mutex> lock(open.mutex);
-                     auto states = open.states;
-                     lock.unlock();
-                     for (auto& weak : states) {
-                       auto soon = steady_clock::now() + std::chrono::seconds(1);
-                       if (auto one = weak.lock()) close_coordinator(*one, soon);
-                     }
-                   });
-                 });
-  auto& open = process_wide<Open>();
+  std::size_t kind = state->client->options.transport ? 0 : tls ? 1 : 2;
+  std::call_once(told.at(kind), [] { std::atexit(close_open_ones); });
+  auto& open = process_wide<OpenCoordinators>();
   std::lock_guard<std::mutex> lock(open.mutex);
   auto& all = open.states;
   auto is_gone = [](const auto& weak) { return weak.expired(); };
@@ -10007,52 +9953,44 @@ COORDINATION_API void close_at_exit(const std::shared_ptr<CoordinatorState>& sta
 
 /// What handles stand for that hold nothing: the states of a Coordinator that is closed.
 struct StandIns {
-  std::shared_ptr<CoordinatorState> coordinator{std::make_shared<CoordinatorState>()};
-  std::shared_ptr<LeaseState> lease;
-  std::shared_ptr<OwnedKey> owned;
-  std::shared_ptr<RegistrationState> registration;
-  std::shared_ptr<ViewCore> view;
+  std::tuple<std::shared_ptr<ClientState>, std::shared_ptr<CoordinatorState>,
+             std::shared_ptr<LeaseState>, std::shared_ptr<OwnedKey>, RegistrationPtr,
+             std::shared_ptr<ViewCore>>
+      all;
 
   StandIns() {
-    coordinator->client = make_client({});
+    auto coordinator = std::make_shared<CoordinatorState>();
+    auto client = coordinator->client = make_client({});
     coordinator->registry = std::make_shared<RegistryState>();
     close_coordinator(*coordinator);
-    auto& client = coordinator->client;
     auto strand =
         std::make_shared<Strand>(client->executor, client->executor->losses, client->log, "");
-    lease = std::make_shared<LeaseState>(0, client->clock, std::move(strand));
+    auto lease = std::make_shared<LeaseState>(0, client->clock, std::move(strand));
     lease->client = client;
     lease->release();
-    owned = std::make_shared<OwnedKey>(client, "", 0, lease);
-    registration = std::make_shared<RegistrationState>(client, "", "");
+    auto owned = std::make_shared<OwnedKey>(client, "", 0, lease);
+    auto registration = std::make_shared<RegistrationState>(client, "", "");
     registration->quit();
-    view = std::make_shared<ViewCore>(client, WatchRequest());
+    auto view = std::make_shared<ViewCore>(client, WatchRequest());
     view->end = closed_error();
     view->shows = [](const std::string&) { return false; };
     lease->loss.shut();
     owned->loss.shut();
     view->strand->shut();
+    all = {client, coordinator, lease, owned, registration, view};
   }
 };
 
-COORDINATION_API const std::shared_ptr<ClientState>& stand_in(ClientState*) {
-  return process_wide<StandIns>().coordinator->client;
+template <class State>
+const std::shared_ptr<State>& stand_in() {
+  return std::get<std::shared_ptr<State>>(process_wide<StandIns>().all);
 }
-COORDINATION_API const std::shared_ptr<CoordinatorState>& stand_in(CoordinatorState*) {
-  return process_wide<StandIns>().coordinator;
-}
-COORDINATION_API const std::shared_ptr<LeaseState>& stand_in(LeaseState*) {
-  return process_wide<StandIns>().lease;
-}
-COORDINATION_API const std::shared_ptr<OwnedKey>& stand_in(OwnedKey*) {
-  return process_wide<StandIns>().owned;
-}
-COORDINATION_API const std::shared_ptr<RegistrationState>& stand_in(RegistrationState*) {
-  return process_wide<StandIns>().registration;
-}
-COORDINATION_API const std::shared_ptr<ViewCore>& stand_in(ViewCore*) {
-  return process_wide<StandIns>().view;
-}
+template const std::shared_ptr<ClientState>& stand_in<ClientState>();
+template const std::shared_ptr<CoordinatorState>& stand_in<CoordinatorState>();
+template const std::shared_ptr<LeaseState>& stand_in<LeaseState>();
+template const std::shared_ptr<OwnedKey>& stand_in<OwnedKey>();
+template const std::shared_ptr<RegistrationState>& stand_in<RegistrationState>();
+template const std::shared_ptr<ViewCore>& stand_in<ViewCore>();
 
 }  // namespace detail
 
@@ -10182,66 +10120,60 @@ COORDINATION_API Result<void> close() {
 
 COORDINATION_API Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx) {
   auto connecting = ctx;
-  return detail::with_default(connecting,
-                              [&](Coordinator& c) { return c.lock().acquire(key, ttl, ctx); });
+  return detail::with_default(connecting, [&](auto& c) { return c.lock().acquire(key, ttl, ctx); });
 }
 
 COORDINATION_API Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx) {
-  return detail::with_default(ctx,
-                              [&](Coordinator& c) { return c.lock().try_acquire(key, ttl, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.lock().try_acquire(key, ttl, ctx); });
 }
 
 COORDINATION_API Result<std::int64_t> register_service(ServiceInfo service, Context ctx) {
-  return detail::with_default(
-      ctx, [&](Coordinator& c) { return c.registry().register_service(service, ctx); });
+  return detail::with_default(ctx,
+                              [&](auto& c) { return c.registry().register_service(service, ctx); });
 }
 
 COORDINATION_API Result<std::int64_t> unregister_service(std::string id, Context ctx) {
-  return detail::with_default(ctx,
-                              [&](Coordinator& c) { return c.registry().unregister(id, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.registry().unregister(id, ctx); });
 }
 
 COORDINATION_API Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx) {
-  return detail::with_default(ctx,
-                              [&](Coordinator& c) { return c.registry().discover(name, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.registry().discover(name, ctx); });
 }
 
 COORDINATION_API Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.registry().watch(name, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.registry().watch(name, ctx); });
 }
 
 COORDINATION_API Result<Subscription> watch_services(
     std::string name, std::function<void(const ServiceEvent&)> handler, Context ctx) {
-  return detail::with_default(
-      ctx, [&](Coordinator& c) { return c.registry().watch(name, handler, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.registry().watch(name, handler, ctx); });
 }
 
 COORDINATION_API Result<nlohmann::json> get_config(std::string key, Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().get(key, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.config().get(key, ctx); });
 }
 
 COORDINATION_API Result<std::int64_t> set_config(std::string key, const nlohmann::json& value,
                                                  Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().set(key, value, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.config().set(key, value, ctx); });
 }
 
 COORDINATION_API Result<std::int64_t> delete_config(std::string key, Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().remove(key, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.config().remove(key, ctx); });
 }
 
 COORDINATION_API Result<Watch<ConfigEvent>> watch_config(std::string key, Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().watch(key, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.config().watch(key, ctx); });
 }
 
 COORDINATION_API Result<Subscription> watch_config(std::string key,
                                                    std::function<void(const ConfigEvent&)> handler,
                                                    Context ctx) {
-  return detail::with_default(ctx,
-                              [&](Coordinator& c) { return c.config().watch(key, handler, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.config().watch(key, handler, ctx); });
 }
 
 COORDINATION_API Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx) {
-  return detail::with_default(ctx, [&](Coordinator& c) { return c.config().list(prefix, ctx); });
+  return detail::with_default(ctx, [&](auto& c) { return c.config().list(prefix, ctx); });
 }
 
 // == 14. MemoryEtcd =============================================================================

@@ -247,6 +247,19 @@ TEST_CASE_FIXTURE(Fixture, "registry: the same id again replaces the record with
   CHECK(reader.discover("web").value().at(0) == info);
 }
 
+TEST_CASE_FIXTURE(Fixture, "registry: a rolling restart under one id, a hundred times") {
+  for (int round = 0; round < scaled(100); ++round) {
+    auto going = connect(options);
+    REQUIRE(going.registry().register_service(service("1", "web", 1)));
+    std::thread coming([&] { CHECK(registry.register_service(service("1", "web", 2))); });
+    static_cast<void>(going.registry().update("1", {{"state", "draining"}}));
+    static_cast<void>(going.registry().unregister("1"));
+    coming.join();
+    going.close().value();
+    CHECK(reader.discover("web").value() == std::vector<ServiceInfo>{service("1", "web", 2)});
+  }
+}
+
 TEST_CASE_FIXTURE(Fixture, "registry: a record that vanished comes back by itself [slow]") {
   struct Told {
     std::mutex mutex;

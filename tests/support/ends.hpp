@@ -152,10 +152,15 @@ inline int fork_main(const Args& args) {
 }
 inline const bool fork_known = child_main("fork", fork_main);
 
-/// The exit status of such a process, and what it has printed.
+/// The exit status of such a process, and what it has printed. A child of fork() has not the stacks
+/// of its parent's threads: to the sanitizers, what only those know of is lost, and threads of its
+/// own are none.
 inline RunResult run_child(const std::string& name, const Args& args) {
   ProcessOptions options;
   options.merge_stderr = true;
+  if (name == "fork") {
+    options.env = {"LSAN_OPTIONS=detect_leaks=0", "TSAN_OPTIONS=die_after_fork=0"};
+  }
   auto child = start_child(name, args, options);
   RunResult result;
   result.out = child.read_all(lenient(20s));

@@ -536,7 +536,7 @@ TEST_CASE("registry: events of records that cannot be read") {
 // What is another's.
 
 TEST_CASE("registry: a rolling restart under one id ends with exactly the living instance") {
-  for (int round = 0; round < scaled(20); ++round) {
+  for (int round = 0; round < scaled(100); ++round) {
     Setup s;
     CHECK(s.c.registry().register_service(web("w1", 1)));
     {
@@ -675,4 +675,19 @@ TEST_CASE("registry: a registration that ends with its handle") {
   check_code(last.update({}), ErrorCode::NotFound);
   check_code(s.c.registry().unregister("w3"), ErrorCode::NotFound);
   check_code(s.c.registry().register_scoped(web("")), ErrorCode::Validation);
+}
+
+TEST_CASE("registry: a handle ends what it has registered, and not what another one has since") {
+  Setup s;
+  auto handle = s.c.registry().register_scoped(web("w1", 1)).value();
+  handle = s.c.registry().register_scoped(web("w1", 2)).value();
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+  std::optional<Registration> other = s.c.registry().register_scoped(web("w1", 3)).value();
+  check_code(handle.update({{"x", "y"}}), ErrorCode::NotFound);
+  other.reset();  // the one that it has replaced comes back
+  CHECK(eventually([&] { return s.ids() == std::vector<std::string>{"w1"}; }));
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(s.ids().empty());
+  check_code(handle.unregister(), ErrorCode::NotFound);
 }

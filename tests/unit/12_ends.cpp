@@ -154,10 +154,8 @@ TEST_CASE("ends: exit() closes what was not closed, and the process ends with it
   }
 }
 
-// The sanitizers know nothing of a child that has threads of its own.
-TEST_CASE("ends: in a child of fork() the parent's handles are nothing, and it keeps its own" *
-          doctest::skip(sanitized())) {
-  const auto done = ends::run_child("fork", {std::to_string(scaled(20)), "memory"});
+TEST_CASE("ends: in a child of fork() the parent's handles are nothing, and it keeps its own") {
+  const auto done = ends::run_child("fork", {std::to_string(scaled(100)), "memory"});
   CHECK(done.exit_code == 7);
   CHECK(done.out == "keys left: 0\n");
 }
