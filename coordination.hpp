@@ -1706,7 +1706,8 @@ COORDINATION_API std::string printable(std::string_view bytes) {
   std::string text;
   for (std::size_t i = 0; i < bytes.size(); ++i) {
     auto byte = static_cast<unsigned char>(bytes[i]);
-    bool c1 = i > 0 && bytes[i - 1] == '\xc2' && byte < 0xa0;  // control characters of UTF-8
+    // Control characters of UTF-8.
+    bool c1 = i > 0 && bytes[i - 1] == '\xc2' && byte >= 0x80 && byte < 0xa0;
     char code[8];
     std::snprintf(code, sizeof(code), "\\x%02x", byte);
     if (byte < 0x20 || byte == 0x7f || c1)
@@ -4367,7 +4368,7 @@ COORDINATION_API std::string normal_endpoint(std::string endpoint, bool tls) {
   bool has_port = colon != std::string::npos && endpoint.find(']', colon) == std::string::npos;
   auto host = endpoint.substr(0, has_port ? colon : std::string::npos);
   auto port = has_port ? endpoint.substr(colon + 1) : std::string("2379");
-  if (!is_host(host) || port.empty() || port.size() > 5) return {};
+  if (!is_host(host) || printable(host) != host || port.empty() || port.size() > 5) return {};
   if (port.find_first_not_of("0123456789") != std::string::npos) return {};
   auto value = std::strtol(port.c_str(), nullptr, 10);
   if (value < 1 || value > 65535) return {};

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # test.sh: installs what is missing, builds everything and runs every test; then once more under
-# the sanitizers. Its last line says how many test cases passed, failed and were skipped.
+# the sanitizers, and every fuzz target for ten seconds. Its last line says how many test cases
+# passed, failed and were skipped.
 #
 # --quick: the unit tests, compiled once. Needs no etcd.
 #

@@ -121,6 +121,7 @@ TEST_CASE("options: endpoints as they may not") {
                                "[::1:2379",
                                "::1]:2379",
                                "host\n:1",
+                               "ho\xc2\x9bst:1",
                                "host:1\r\n"}) {
     INFO(std::string(endpoint));
     auto options = options_with(etcd);

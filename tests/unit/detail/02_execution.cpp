@@ -522,3 +522,12 @@ TEST_CASE("guarded: what is thrown becomes text") {
   CHECK(guarded([] { throw std::runtime_error("text"); }) == "text");
   CHECK(guarded([] { throw 1; }).has_value());
 }
+
+TEST_CASE("printable: without control characters, and what is none stays") {
+  const std::string nul(1, '\0');
+  CHECK(printable("a\r\n\tb" + nul + "\x1b[1m\x7f") == "a\\x0d\\x0a\\x09b\\x00\\x1b[1m\\x7f");
+  CHECK(printable("\xc2\x85\xc2\x9b") == "\xc2\\x85\xc2\\x9b");
+  for (const char* text : {"", "plain", "\xc3\xbc\xc2\xa0", "\xc2:2379", "\xc2", "\xff\x9b"}) {
+    CHECK(printable(text) == text);
+  }
+}
