@@ -25,17 +25,18 @@
 // Errors:   nothing throws but Result::value(). A write that failed says in Error::outcome
 //           whether etcd may have applied it all the same.
 // Threads:  every class may be used from several threads unless it says otherwise. A Coordinator
-//           runs at most 21 threads of its own, started when they are needed: 1 for timers, 3 for
-//           lease renewals, 3 for second attempts, 1 for logins, 1 for background work, 2 for
-//           callbacks, 2 for on_lost, 2 for reading again and 6 for watch streams (more where etcd
-//           has compacted what idle watches would need). Who waits for a lock or an election
-//           waits on a stream of its own, in the caller's thread.
+//           runs at most 22 threads of its own, started when they are needed: 1 for timers, 3 for
+//           lease renewals, 3 for second attempts, 1 for logins, 1 for background work, 1 for the
+//           log, 2 for callbacks, 2 for on_lost, 2 for reading again and 6 for watch streams (more
+//           where etcd has compacted what idle watches would need). Who waits for a lock or an
+//           election waits on a stream of its own, in the caller's thread.
 // Handlers: run on the callback threads, in order and one at a time per handle, never under a
 //           lock of the library. They may call anything and may destroy their own handle. Once a
 //           handle's destructor, its cancel() or the Coordinator's close() has returned, its
 //           handlers run no more (unless it was called from inside one, or from a handler that
-//           is itself waited for in one). What a handler throws is caught and logged. Handlers
-//           that are set add up: each is kept as long as its handle, and told.
+//           is itself waited for in one). What a handler throws is caught and logged; while two
+//           block, the others of the same kind (on_lost is one) wait. Handlers that are set add
+//           up: each is kept as long as its handle, and told.
 // Handles:  move-only, and their destructors give back what they hold. One that was moved from, or
 //           that a child of fork() has from its parent, holds nothing: its calls say Cancelled.
 // Exit:     what was not closed is closed by exit(), before anything static is destroyed.
@@ -351,7 +352,10 @@ const char* to_string(LogLevel level);
 using LogFields = std::vector<std::pair<std::string, std::string>>;
 
 /// Receives the library's log. Passwords, tokens and configuration values are never in it.
-/// Threads: called from any thread, several at once. It must not call back into the library.
+/// Threads: called from a thread of the Coordinator's own, a line at a time and in order, so that
+///          it may block: nothing else waits for it, and close() for a second at most. Of more than
+///          1000 lines that wait the rest is dropped; how many, is said. What it throws is lost.
+///          It must not call back into the library.
 using Logger = std::function<void(LogLevel level, std::string_view message, const LogFields&)>;
 
 /// A Logger that writes lines of `level message key=value ...` to standard error, with control
@@ -359,7 +363,8 @@ using Logger = std::function<void(LogLevel level, std::string_view message, cons
 Logger stderr_logger(LogLevel minimum = LogLevel::Info);
 
 /// The time by which leases, and streams that are silent, are judged. Contexts always use the real
-/// steady clock.
+/// steady clock. While now() throws, time goes on from what it said last.
+/// Threads: now() is called from any thread, and must not block.
 class Clock {
  public:
   using time_point = std::chrono::steady_clock::time_point;
@@ -1813,7 +1818,7 @@ struct ContextState {
       auto first = handlers.extract(handlers.begin());
       running = first.key();
       lock.unlock();
-      first.mapped()();
+      guarded(first.mapped());
       first.mapped() = nullptr;
       lock.lock();
       running = 0;
@@ -2005,17 +2010,70 @@ class HandlerWaits {
   std::multimap<std::thread::id, std::thread::id> waits_;
 };
 
-/// The log, with what every section needs to say there.
+/// The log. `post` has its lines written elsewhere, in order: a Logger may block, and who has
+/// something to say may not. What is too much is dropped, and that is said.
 class Log {
  public:
-  explicit Log(Logger logger) : logger_(std::move(logger)) {}
+  using Post = std::function<void(Task)>;
+  explicit Log(
+      Logger logger, Post post = [](const Task& task) { task(); })
+      : writer_(std::make_shared<Writer>()), post_(std::move(post)) {
+    writer_->logger = std::move(logger);
+  }
+
   void operator()(LogLevel level, std::string_view message, LogFields fields = {}) const {
-    if (!logger_) return;
-    guarded([&] { logger_(level, message, fields); });
+    if (!writer_->logger) return;
+    if (writer_->waiting >= kMostWaiting) return void(++writer_->dropped);
+    ++writer_->waiting;
+    post_([writer = writer_, level, text = std::string(message), fields = std::move(fields)] {
+      writer->write(level, text, fields);
+    });
   }
 
  private:
-  Logger logger_;
+  static constexpr std::size_t kMostWaiting = 1000;
+
+  struct Writer {
+    Logger logger;
+    std::atomic<std::size_t> waiting{0}, dropped{0};
+
+    void write(LogLevel level, const std::string& text, const LogFields& fields) {
+      guarded([&] { logger(level, text, fields); });
+      auto lost = --waiting == 0 ? dropped.exchange(0) : 0;
+      if (lost == 0) return;
+      auto lines = std::to_string(lost);
+      guarded([&] { logger(LogLevel::Warn, "the Logger is too slow", {{"lines lost", lines}}); });
+    }
+  };
+
+  std::shared_ptr<Writer> writer_;
+  Post post_;
+};
+
+/// A user's Clock. Should it throw, time goes on from what it has said last.
+class GuardedClock : public Clock {
+ public:
+  GuardedClock(std::shared_ptr<Clock> clock, std::shared_ptr<const Log> log)
+      : clock_(std::move(clock)), log_(std::move(log)) {}
+
+  time_point now() const override {
+    auto steady = steady_clock::now();
+    time_point said{};
+    auto thrown = guarded([&] { said = clock_->now(); });
+    if (!thrown) return lead_ = said - steady, said;
+    if (!told_.exchange(true)) (*log_)(LogLevel::Error, "the Clock throws", {{"what", *thrown}});
+    return steady + lead_.load();
+  }
+  void on_jump(std::function<bool()> wake) override { clock_->on_jump(std::move(wake)); }
+  void on_due(std::function<std::optional<time_point>()> next) override {
+    clock_->on_due(std::move(next));
+  }
+
+ private:
+  const std::shared_ptr<Clock> clock_;
+  const std::shared_ptr<const Log> log_;
+  mutable std::atomic<time_point::duration> lead_{time_point::duration(0)};
+  mutable std::atomic<bool> told_{false};
 };
 
 /// Of a handler, for the log.
@@ -2118,11 +2176,12 @@ class Lane : public std::enable_shared_from_this<Lane> {
   void staff() {
     if (idle_ >= tasks_.size() || threads_.size() >= most_) return wake_.notify_one();
     auto failed = guarded([this] { add_thread(); });
-    if (!failed || !later_) return;
+    if (!failed || !later_ || std::exchange(tries_again_, true)) return;
     later_([weak = weak_from_this()] {
       auto self = weak.lock();
       if (!self) return;
       std::lock_guard<std::mutex> lock(self->mutex_);
+      self->tries_again_ = false;
       if (!self->stopped_ && !self->tasks_.empty()) self->staff();
     });
   }
@@ -2192,7 +2251,8 @@ class Lane : public std::enable_shared_from_this<Lane> {
   std::vector<std::thread> finished_;
   std::size_t idle_{0};
   bool stopped_{false};
-  bool stuck_{false};  // drain() was in vain
+  bool stuck_{false};        // drain() was in vain
+  bool tries_again_{false};  // to have another thread
 };
 
 /// Tasks at points in time, on one thread: they must be short.
@@ -2208,11 +2268,7 @@ class Timer {
     Id id{time, ++shared_->last_id};
     bool first = shared_->tasks.empty() || id < shared_->tasks.begin()->first;
     shared_->tasks.emplace(id, std::move(task));
-    if (!shared_->running) {
-      shared_->running = lane_->post([shared = shared_] { run(*shared); });
-    } else if (first && time < shared_->sleeps_until) {
-      shared_->changed.notify_one();
-    }
+    if (ensure_running() && first && time < shared_->sleeps_until) shared_->changed.notify_one();
     return id;
   }
 
@@ -2235,6 +2291,12 @@ class Timer {
 
   void join(SteadyTime limit) { lane_->join(limit); }
 
+  /// False: the system has no thread for it. The first task asks again.
+  bool start() {
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    return shared_->stopped || ensure_running();
+  }
+
  private:
   struct Shared {
     std::mutex mutex;
@@ -2244,6 +2306,11 @@ class Timer {
     std::uint64_t last_id{0};
     bool running{false}, stopped{false};
   };
+
+  bool ensure_running() {
+    if (shared_->running) return true;
+    return shared_->running = lane_->post([shared = shared_] { run(*shared); });
+  }
 
   static void run(Shared& shared) {
     std::unique_lock<std::mutex> lock(shared.mutex);
@@ -2275,15 +2342,21 @@ inline constexpr std::size_t kMaxStreams = 5;  // one of them only while others 
 inline constexpr std::size_t kUtmostStreams = 32;
 
 struct Executor : std::enable_shared_from_this<Executor> {
+  explicit Executor(Logger logger = nullptr)
+      : log(std::make_shared<const Log>(
+            std::move(logger), [lane = logs](Task line) { lane->post(std::move(line)); })) {}
+
   Timer timer;
-  std::shared_ptr<Lane> callbacks{lane(kCallbackThreads)};  // user code only
-  std::shared_ptr<Lane> losses{lane(kCallbackThreads)};     // on_lost
-  std::shared_ptr<Lane> renewals{lane(3)};                  // nothing but lease renewals
-  std::shared_ptr<Lane> asides{lane(3)};                    // second attempts
-  std::shared_ptr<Lane> logins{lane(1)};
-  std::shared_ptr<Lane> background{lane(1)};  // tasks that are soon over
-  std::shared_ptr<Lane> readers{lane(2)};     // reading again what was missed
-  std::shared_ptr<Lane> streams{lane(kUtmostStreams + 8)};
+  const std::shared_ptr<Lane> logs{lane(1, nullptr)};
+  const std::shared_ptr<const Log> log;
+  std::shared_ptr<Lane> callbacks{lane(kCallbackThreads, log)};  // user code only
+  std::shared_ptr<Lane> losses{lane(kCallbackThreads, log)};     // on_lost
+  std::shared_ptr<Lane> renewals{lane(3, log)};                  // nothing but lease renewals
+  std::shared_ptr<Lane> asides{lane(3, log)};                    // second attempts
+  std::shared_ptr<Lane> logins{lane(1, log)};
+  std::shared_ptr<Lane> background{lane(1, log)};  // tasks that are soon over
+  std::shared_ptr<Lane> readers{lane(2, log)};     // reading again what was missed
+  std::shared_ptr<Lane> streams{lane(kUtmostStreams + 8, log)};
 
   void run(const std::shared_ptr<Lane>& on, const Task& task, const Name& name = nullptr) {
     on->post(task, name);
@@ -2299,7 +2372,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
   /// Waits until there is nothing to do that anybody waits for, for two seconds at most.
   void settle() {
     auto limit = steady_clock::now() + std::chrono::seconds(2);
-    for (auto& one : {renewals, readers, background, losses, callbacks}) {
+    for (auto& one : {renewals, readers, background, losses, callbacks, logs}) {
       one->drain(limit);
     }
   }
@@ -2307,8 +2380,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
   bool runs_handler_here() const { return callbacks->runs_here() || losses->runs_here(); }
 
   /// Handlers are waited for until `patience` ends, for ever if there is none.
-  void stop(SteadyTime limit, const Log& log = Log({}),
-            std::optional<SteadyTime> patience = std::nullopt) {
+  void stop(SteadyTime limit, std::optional<SteadyTime> patience = std::nullopt) {
     timer.stop();
     auto soon_over = {renewals, asides, logins, background, readers, streams};
     auto handlers = {losses, callbacks};
@@ -2316,13 +2388,21 @@ struct Executor : std::enable_shared_from_this<Executor> {
     for (auto& one : handlers) one->stop();
     timer.join(limit);
     for (auto& one : soon_over) one->join(limit);
-    for (auto& one : handlers) one->join(patience, log);
+    for (auto& one : handlers) one->join(patience, *log);
+    limit = (std::max)(limit, steady_clock::now() + milliseconds(50));
+    logs->drain(limit);
+    logs->stop();
+    logs->join(limit);
   }
 
  private:
   /// Where the system has no thread to give, it tries again.
-  std::shared_ptr<Lane> lane(std::size_t most) const {
-    auto later = [timer = timer](Task task) mutable {
+  std::shared_ptr<Lane> lane(std::size_t most, std::shared_ptr<const Log> says) const {
+    auto later = [timer = timer, says = std::move(says), told = SteadyTime{}](Task task) mutable {
+      auto now = steady_clock::now();
+      if (says && now - told > std::chrono::seconds(10)) {
+        (*says)(LogLevel::Error, "the system has no thread to give; it is asked again"), told = now;
+      }
       timer.after(milliseconds(500), std::move(task));
     };
     return std::make_shared<Lane>(most, later);
@@ -4690,7 +4770,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   CoordinatorOptions options;
   std::shared_ptr<Transport> transport;
   std::shared_ptr<Clock> clock;
-  std::shared_ptr<Executor> executor{std::make_shared<Executor>()};
+  std::shared_ptr<Executor> executor;
   std::shared_ptr<const Log> log;
   Context open;                         // cancelled when the Coordinator closes
   std::atomic<bool> closing{false};     // no new leases from then on
@@ -9844,10 +9924,12 @@ COORDINATION_API std::string host_and_process() {
 
 COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions options) {
   auto client = std::make_shared<ClientState>();
-  client->log = std::make_shared<const Log>(options.logger);
+  client->executor = std::make_shared<Executor>(options.logger);
+  client->log = client->executor->log;
   client->transport =
       options.transport ? options.transport : make_default_transport(options.tls, options.limits);
-  client->clock = options.clock ? options.clock : std::make_shared<SteadyClock>();
+  client->clock = std::make_shared<SteadyClock>();
+  if (options.clock) client->clock = std::make_shared<GuardedClock>(options.clock, client->log);
   std::vector<std::string> urls;
   for (auto& endpoint : options.endpoints) {
     auto url = normal_endpoint(endpoint, wants_tls(options.tls));
@@ -9913,7 +9995,7 @@ COORDINATION_API void close_coordinator(CoordinatorState& state,
   for (auto& registration : state.registry->find(nullptr)) registration->quit();
   client.leases->close(now + left * 7 / 10);
   client.open.cancel();
-  client.executor->stop(now + left * 19 / 20, *client.log, patience);
+  client.executor->stop(now + left * 19 / 20, patience);
   if (!client.options.transport) client.transport->close_idle();
   std::lock_guard<std::mutex> lock(state.mutex);
   state.closed = true;
@@ -10005,6 +10087,10 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
   if (!state->client->options.tls.verify_server) {
     (*state->client->log)(
         LogLevel::Warn, "tls.verify_server is false: anybody can pretend to be etcd, and read all");
+  }
+  if (!state->client->executor->timer.start()) {
+    return detail::make_error(ErrorCode::Unavailable, "cannot connect",
+                              "the system has no thread to give");
   }
   auto served = detail::knock(*state->client, state->client->bounded(ctx));
   if (!served) return served.error();

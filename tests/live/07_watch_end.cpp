@@ -92,7 +92,7 @@ TEST_CASE_FIXTURE(Fixture, "handlers: what they throw is logged, and the next ev
   for (const char* value : {"1", "2", "3"}) client.put(dir + "k", value).value();
   CHECK(seen.reaches(3, 5s));
   CHECK(seen.all() == std::vector<std::string>{"1", "2", "3"});
-  CHECK(log.contains("thrown one"));
+  CHECK(wait_until([&] { return log.contains("thrown one"); }, 2s));
   CHECK(wait_until([&] { return log.contains("ERROR"); }, 2s));
 }
 

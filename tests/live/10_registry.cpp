@@ -136,7 +136,7 @@ TEST_CASE_FIXTURE(Fixture, "registry: a corrupt record is skipped and logged, ne
     client.put(key("bad" + std::to_string(i)), corrupt[i]).value();
   }
   CHECK(ids() == Ids{"good"});
-  CHECK(log.contains("bad1"));
+  CHECK(wait_until([&] { return log.contains("bad1"); }, 2s));
   registry.register_service(service("later")).value();
   const auto event = watch.next(Context::with_timeout(kSoon)).value();
   CHECK(event.type == EventType::Put);

@@ -179,6 +179,16 @@ TEST_CASE("context: a hook's destructor waits for its handler, unless it is call
   CHECK(survived);
 }
 
+TEST_CASE("context: a handler that throws ends nobody else's wait") {
+  const Context ctx;
+  int calls = 0;
+  const auto one = ctx.on_cancel([] { throw std::runtime_error("oh no"); });
+  const auto two = ctx.on_cancel([&] { ++calls; });
+  ctx.cancel();
+  CHECK(calls == 1);
+  CHECK(ctx.cancelled());
+}
+
 TEST_CASE("context: a handler may use its Context") {
   const Context ctx;
   int inner = 0;

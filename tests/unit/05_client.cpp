@@ -459,6 +459,7 @@ TEST_CASE("client: what is too large for a proxy is the caller's affair, and no 
   check_error(put, ErrorCode::Validation, Outcome::NotApplied);
   CHECK(mentions(put.error(), "413 Request Entity Too Large"));
   CHECK(setup.etcd->count(kPut) == 1);
+  setup.coordinator->close().value();  // its log is complete then
   CHECK(warnings == 0);
 }
 
@@ -872,6 +873,7 @@ TEST_CASE("members: who answers beside another one has not failed") {
   setup.etcd->endpoint("http://one:2379", silence());
   setup.etcd->endpoint("http://two:2379", ok(reply(8)));
   REQUIRE(client.range({"a"}));
+  setup.coordinator->close().value();
   CHECK_FALSE(log.contain("a member has failed endpoint=http://two:2379"));
 }
 
@@ -1317,6 +1319,7 @@ TEST_CASE("members: a stream that our own deadline ended is not held against one
   const auto waited = c.lock().acquire("a", 9s, Context::with_timeout(400ms));
   REQUIRE_FALSE(waited);
   CHECK(waited.error().code == ErrorCode::Timeout);
+  c.close().value();
   CHECK_FALSE(log.contain("a member has failed"));
 }
 

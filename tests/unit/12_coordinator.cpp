@@ -1,12 +1,16 @@
 // Section 12: options, connecting and closing.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <atomic>
+#include <future>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <thread>
 
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
+#include "support/no_threads.hpp"
 #include "support/scripted_transport.hpp"
 
 using namespace coordination;
@@ -218,12 +222,13 @@ TEST_CASE("connect: that nobody verifies the server is said once, and loudly") {
   options.logger = [&](LogLevel level, std::string_view message, const LogFields&) {
     if (level >= LogLevel::Warn) warnings.emplace_back(message);
   };
-  CHECK(Coordinator::connect(options));
+  CHECK(Coordinator::connect(options));  // the log is complete when it has been closed
   CHECK(warnings.empty());
   options.tls.verify_server = false;
   auto connected = Coordinator::connect(options);
   REQUIRE(connected);
   CHECK(connected.value().client().get("a").error().code == ErrorCode::NotFound);
+  connected.value().close().value();
   REQUIRE(warnings.size() == 1);
   CHECK(warnings[0].find("tls.verify_server is false") == 0);
 }
@@ -261,6 +266,105 @@ TEST_CASE("connect: a logger that throws does no harm") {
   };
   CHECK(Coordinator::connect(options));
   CHECK(lines > 0);
+}
+
+TEST_CASE("log: a logger that blocks keeps nothing waiting but the log") {
+  const Cluster cluster;
+  Notes log, notes;
+  std::promise<void> released;
+  const auto open = released.get_future().share();
+  auto options = cluster.options("two");
+  options.logger = [&, write = log.logger()](LogLevel level, std::string_view message,
+                                             const LogFields& fields) {
+    open.wait();
+    write(level, message, fields);
+  };
+  auto c = connect_to(options);
+  auto kept = c.client().grant(9s).value(), lost = c.client().grant(9s).value();
+  lost.on_lost(notes.on_lost());
+  cluster.etcd->expire_lease(lost.id());
+  for (int i = 0; i < 5; ++i) {
+    const int before = cluster.tap->finished("/v3/lease/keepalive");
+    cluster.etcd->advance(3001ms);
+    CHECK(eventually([&] { return cluster.tap->finished("/v3/lease/keepalive") > before; }));
+  }
+  CHECK(kept.held());
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  CHECK(log.size() == 0);
+  SUBCASE("and all is written when it goes on") {
+    released.set_value();
+    CHECK(c.close());
+    CHECK(log.lines().at(0).find("INFO connected") == 0);
+  }
+  SUBCASE("and close() does not wait for it") {
+    const Stopwatch watch;
+    CHECK(c.close());
+    CHECK(watch.elapsed() < lenient(1500ms));
+    released.set_value();
+    CHECK(eventually([&] { return log.size() == 1; }));  // the one that it was about to write
+  }
+}
+
+TEST_CASE("clock: one that throws is one that goes on as before, and it is said once") {
+  struct Faulty : Clock {
+    std::atomic<bool> throws{false};
+    time_point now() const override {
+      if (throws) throw std::runtime_error("no battery");
+      return std::chrono::steady_clock::now() + 1h;
+    }
+  };
+  const Cluster cluster;
+  const auto clock = std::make_shared<Faulty>();
+  Notes log;
+  auto options = cluster.options();
+  options.clock = clock;
+  options.logger = log.logger();
+  auto c = connect_to(options);
+  auto lease = c.client().grant(2s).value();
+  clock->throws = true;
+  const int before = cluster.tap->finished("/v3/lease/keepalive");
+  CHECK(lease.held());
+  CHECK(wait_until([&] { return cluster.tap->finished("/v3/lease/keepalive") > before + 1; }, 20s));
+  CHECK(lease.held());
+  c.close().value();
+  const auto lines = log.lines();
+  const auto said = [](const std::string& line) {
+    return line == "ERROR the Clock throws what=no battery";
+  };
+  CHECK(std::count_if(lines.begin(), lines.end(), said) == 1);
+}
+
+TEST_CASE("threads: where there are none to be had, it is said, and all is done later" *
+          doctest::skip(sanitized())) {
+  const Cluster cluster;
+  Notes log, notes;
+  auto options = cluster.options();
+  options.logger = log.logger();
+  {
+    const NoThreads none;
+    const auto refused = Coordinator::connect(options);
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().code == ErrorCode::Unavailable);
+    CHECK(refused.error().cause == "the system has no thread to give");
+  }
+  auto c = connect_to(options);
+  auto lease = c.client().grant(9s).value();
+  lease.on_lost(notes.on_lost());
+  {
+    const NoThreads none;
+    cluster.etcd->expire_lease(lease.id());
+    std::thread clock;  // cannot be made
+    CHECK_THROWS(clock = std::thread([] {}));
+    cluster.etcd->advance(9s);
+    CHECK(notes.size() == 0);
+  }
+  CHECK(wait_until([&] { return notes.size() == 1; }, 10s));
+  c.close().value();
+  const auto lines = log.lines();
+  const auto said = [](const std::string& line) {
+    return line == "ERROR the system has no thread to give; it is asked again";
+  };
+  CHECK(std::count_if(lines.begin(), lines.end(), said) >= 1);
 }
 
 TEST_CASE("close: it may be repeated, and every service answers Cancelled from then on") {

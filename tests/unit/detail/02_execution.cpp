@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "coordination.hpp"
+#include "support/no_threads.hpp"
 #include "support/wait.hpp"
 
 using namespace coordination;
@@ -508,6 +509,56 @@ TEST_CASE("executor: nothing runs after stop, and no thread is left") {
   executor->callbacks->post([&] { ++ran; });
   executor->timer.after(0ms, [&] { ++ran; });
   CHECK(ran == 5);
+}
+
+TEST_CASE("log: lines in order, one at a time; those that are too many are counted") {
+  Logged logged;
+  Door door;
+  std::atomic<int> inside{0};
+  const auto executor = std::make_shared<Executor>(
+      [&, log = logged.log()](LogLevel level, std::string_view message, const LogFields& fields) {
+        CHECK(++inside == 1);
+        door.pass();
+        (*log)(level, message, fields);
+        --inside;
+      });
+  for (int i = 0; i < 1234; ++i) (*executor->log)(LogLevel::Info, std::to_string(i));
+  CHECK(logged.lines.empty());
+  door.open();
+  CHECK(eventually([&] { return logged.contain("WARN the Logger is too slow 234"); }));
+  (*executor->log)(LogLevel::Info, "the last");
+  executor->stop(steady_clock::now() + 10s);
+  REQUIRE(logged.lines.size() == 1002);
+  for (int i = 0; i < 1000; ++i) CHECK(logged.lines[std::size_t(i)] == "INFO " + std::to_string(i));
+  CHECK(logged.lines.back() == "INFO the last");
+  (*executor->log)(LogLevel::Info, "later");
+  CHECK(logged.lines.size() == 1002);
+}
+
+TEST_CASE("executor: every lane tries again when there is no thread, and says it" *
+          doctest::skip(sanitized())) {
+  Logged logged;
+  const auto executor = std::make_shared<Executor>(
+      [log = logged.log()](LogLevel level, std::string_view message, const LogFields& fields) {
+        (*log)(level, message, fields);
+      });
+  REQUIRE(executor->timer.start());
+  std::atomic<int> ran{0};
+  const auto& e = *executor;
+  const auto lanes = {e.callbacks, e.losses,     e.renewals, e.asides, e.logs,
+                      e.logins,    e.background, e.readers,  e.streams};
+  {
+    const NoThreads none;
+    for (const auto& lane : lanes) {
+      for (int i = 0; i < 10; ++i) CHECK(lane->post([&] { ++ran; }));
+    }
+    CHECK(executor->timer.start());
+    CHECK(ran == 0);
+  }
+  CHECK(wait_until([&] { return ran == 90; }, 10s));
+  executor->stop(steady_clock::now() + 10s);
+  CHECK(logged.lines ==
+        std::vector<std::string>(8, "ERROR the system has no thread to give; it is asked again"));
 }
 
 TEST_CASE("seconds are rounded up") {
