@@ -343,6 +343,7 @@ class Context {
   explicit Context(std::shared_ptr<detail::ContextState> state) : state_(std::move(state)) {}
 
  private:
+  friend struct detail::ContextState;
   std::shared_ptr<detail::ContextState> state_;
 };
 
@@ -1804,22 +1805,50 @@ struct ContextState {
   std::condition_variable returned;  // a handler has
   std::atomic<bool> cancelled{false};
   std::optional<SteadyTime> deadline;
-  std::map<std::uint64_t, Task> handlers;
+  struct Listener {
+    Task handler;
+    std::weak_ptr<ContextState> child;
+    void operator()() {
+      auto state = child.lock();
+      if (state) state->cancel();
+      if (handler) guarded(handler);
+    }
+  };
+  std::map<std::uint64_t, Listener> listeners;
   std::uint64_t last_id{0};
   std::uint64_t running{0};
   std::thread::id runner;
-  std::vector<Context::Hook> links;  // to the parents
+  std::vector<std::pair<std::shared_ptr<ContextState>, std::uint64_t>> parents;  // its id there
+
+  ~ContextState() {
+    for (auto& [parent, id] : parents) parent->remove(id);
+  }
+
+  /// Its id; 0: it is cancelled already.
+  std::uint64_t add(Listener& listener) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (cancelled) return 0;
+    listeners.emplace(++last_id, std::move(listener));
+    return last_id;
+  }
+
+  static void link(const std::shared_ptr<ContextState>& child, const Context& parent) {
+    Listener listener{nullptr, child};
+    auto id = parent.state_->add(listener);
+    if (id == 0) return child->cancel();
+    child->parents.emplace_back(parent.state_, id);
+  }
 
   void cancel() {
     std::unique_lock<std::mutex> lock(mutex);
     if (cancelled.exchange(true)) return;
     runner = std::this_thread::get_id();
-    while (!handlers.empty()) {
-      auto first = handlers.extract(handlers.begin());
+    while (!listeners.empty()) {
+      auto first = listeners.extract(listeners.begin());
       running = first.key();
       lock.unlock();
-      guarded(first.mapped());
-      first.mapped() = nullptr;
+      first.mapped()();
+      first.mapped() = {};
       lock.lock();
       running = 0;
       returned.notify_all();
@@ -1827,12 +1856,12 @@ struct ContextState {
   }
 
   void remove(std::uint64_t id) {
-    Task dropped;  // destroyed outside the lock
+    Listener dropped;  // destroyed outside the lock
     std::unique_lock<std::mutex> lock(mutex);
-    auto it = handlers.find(id);
-    if (it != handlers.end()) {
+    auto it = listeners.find(id);
+    if (it != listeners.end()) {
       dropped = std::move(it->second);
-      handlers.erase(it);
+      listeners.erase(it);
     }
     returned.wait(lock, [&] { return running != id || runner == std::this_thread::get_id(); });
     lock.unlock();
@@ -1853,14 +1882,11 @@ COORDINATION_API Context join_contexts(std::initializer_list<const Context*> par
                                        std::optional<SteadyTime> deadline = std::nullopt) {
   auto state = std::make_shared<ContextState>();
   state->deadline = deadline;
+  state->parents.reserve(parents.size());
   for (const Context* parent : parents) {
     auto theirs = parent->deadline();
     if (theirs && (!state->deadline || *theirs < *state->deadline)) state->deadline = theirs;
-    std::weak_ptr<ContextState> weak = state;
-    auto hook = parent->on_cancel([weak] {
-      if (auto child = weak.lock()) child->cancel();
-    });
-    if (hook) state->links.push_back(std::move(hook));
+    ContextState::link(state, *parent);
   }
   return Context(std::move(state));
 }
@@ -2564,15 +2590,10 @@ COORDINATION_API std::optional<std::chrono::steady_clock::time_point> Context::d
 }
 
 COORDINATION_API Context::Hook Context::on_cancel(std::function<void()> handler) const {
-  {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    if (!state_->cancelled) {
-      auto id = ++state_->last_id;
-      state_->handlers.emplace(id, std::move(handler));
-      return std::make_shared<detail::CancelHook>(state_, id);
-    }
-  }
-  handler();
+  detail::ContextState::Listener listener{std::move(handler), {}};
+  auto id = state_->add(listener);
+  if (id != 0) return std::make_shared<detail::CancelHook>(state_, id);
+  listener.handler();
   return nullptr;
 }
 
@@ -4782,14 +4803,14 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   /// One unary call, repeated as RetryConfig and its safety allow.
   /// `accept` says whether the body of a success is etcd's, and of which cluster; 0: of any.
   using Accept = std::function<std::optional<std::uint64_t>(const std::string&)>;
-  Result<Reply> call(const Call& call, const Context& ctx, const Accept& accept,
+  Result<Reply> call(Call request, const Context& ctx, const Accept& accept,
                      bool with_token = true);
 
   /// The same, decoded.
   template <class T>
-  Result<T> ask(const Call& request, const Context& ctx, bool* repeated = nullptr) {
+  Result<T> ask(Call request, const Context& ctx, bool* repeated = nullptr) {
     T decoded;
-    auto reply = call(request, ctx, [&](const std::string& answer) {
+    auto reply = call(std::move(request), ctx, [&](const std::string& answer) {
       return wire::decode_reply(answer, decoded);
     });
     if (!reply) return reply.error();
@@ -4835,8 +4856,8 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
     return join_contexts({&ctx}, steady_clock::now() + options.timeout);
   }
 
-  /// One request to one member. A transport that overruns the deadline of `ctx`, which must be this
-  /// request's own, is cancelled. What it throws is an error of this request.
+  /// One request to one member. A user's transport that overruns the deadline of `ctx`, which must
+  /// be this request's own, is cancelled. What it throws is an error of this request.
   Result<HttpResponse> perform(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
 
   /// Something on the way does not pass `Connection: close` on: see stream().
@@ -4923,8 +4944,9 @@ class Race : public std::enable_shared_from_this<Race> {
   };
 
   /// `ctx` ends with the call, and has a deadline.
-  Race(std::shared_ptr<ClientState> client, const Call& call, std::string token, const Context& ctx)
-      : client_(std::move(client)), call_(call), token_(std::move(token)), caller_(ctx),
+  Race(std::shared_ptr<ClientState> client, std::shared_ptr<const Call> call, std::string token,
+       const Context& ctx)
+      : client_(std::move(client)), call_(std::move(call)), token_(std::move(token)), caller_(ctx),
         ctx_(Context::child_of(ctx)), lateness_(lateness(ctx)) {}
 
   /// Blocks until there is an answer, or all attempts have failed: then how the first one has.
@@ -4971,7 +4993,7 @@ class Race : public std::enable_shared_from_this<Race> {
     auto life = client_->members->life(member);
     auto context = join_contexts({&ctx_, &life});
     auto response =
-        client_->perform(client_->request(member, call_, token_, context), nullptr, context);
+        client_->perform(client_->request(member, *call_, token_, context), nullptr, context);
     timer.cancel(late);
     return response;
   }
@@ -4979,9 +5001,9 @@ class Race : public std::enable_shared_from_this<Race> {
   void is_late(std::size_t member) {
     if (ctx_.done()) return;
     client_->suspect(member);
-    if (call_.safety == Safety::Write || client_->members->size() == 1) return;
+    if (call_->safety == Safety::Write || client_->members->size() == 1) return;
     // What a leader had when it went is never answered, though its member serves all else.
-    auto patience = call_.safety == Safety::Read ? milliseconds(0) : lateness_;
+    auto patience = call_->safety == Safety::Read ? milliseconds(0) : lateness_;
     auto& executor = *client_->executor;
     executor.run_at(steady_clock::now() + patience, executor.asides,
                     [self = shared_from_this()] { self->ask_beside(); });
@@ -5041,7 +5063,7 @@ class Race : public std::enable_shared_from_this<Race> {
   }
 
   const std::shared_ptr<ClientState> client_;
-  const Call call_;
+  const std::shared_ptr<const Call> call_;
   const std::string token_;
   const Context caller_;
   const Context ctx_;  // of all attempts
@@ -5055,7 +5077,8 @@ class Race : public std::enable_shared_from_this<Race> {
 /// The attempts of one call.
 struct Attempts {
   ClientState& client;
-  const Call& call;
+  const std::shared_ptr<const Call> shared;  // with attempts that outlive this
+  const Call& call{*shared};
   const Context& ctx;  // the caller's
   const ClientState::Accept& accept;
   bool with_token;
@@ -5073,9 +5096,9 @@ struct Attempts {
   Verdict verdict{};                             // on the last attempt
   std::map<std::size_t, std::string> reasons{};  // why each member has failed
 
-  Attempts(ClientState& c, const Call& request, const Context& x, const ClientState::Accept& a,
-           bool t)
-      : client(c), call(request), ctx(x), accept(a), with_token(t),
+  Attempts(ClientState& c, Call request, const Context& x, const ClientState::Accept& a, bool t)
+      : client(c), shared(std::make_shared<const Call>(std::move(request))), ctx(x), accept(a),
+        with_token(t),
         bounded(join_contexts({&x, &c.open}, deadline_of(x, begun + c.options.timeout))),
         backoff(c.options.retry_config.initial_delay, c.options.retry_config.max_delay,
                 c.options.retry_config.multiplier) {}
@@ -5103,9 +5126,9 @@ struct Attempts {
       if (!proven) return fail({unproven(proven.error()), Verdict::Next::Stop});
       member = client.members->choose();
     }
-    auto sent = steady_clock::now();
+    auto now = steady_clock::now();
     auto self = client.shared_from_this();
-    auto race = std::make_shared<Race>(std::move(self), call, login->token, bounded);
+    auto race = std::make_shared<Race>(std::move(self), shared, login->token, bounded);
     auto [asked, response] = race->run(member);
     if (call.safety != Safety::Read && race->was_repeated()) maybe = true;
     auto taken = response && response->status == 200 ? accept(response->body) : std::nullopt;
@@ -5121,7 +5144,7 @@ struct Attempts {
       bool known = client.identify(asked, login->token, bounded);
       if (!known) verdict = client.foreign(asked);
     }
-    conclude(response, asked, sent, login->generation);
+    conclude(response, asked, now, login->generation);
     return verdict.error;
   }
 
@@ -5219,9 +5242,9 @@ struct Attempts {
   }
 };
 
-COORDINATION_API Result<Reply> ClientState::call(const Call& request, const Context& ctx,
+COORDINATION_API Result<Reply> ClientState::call(Call request, const Context& ctx,
                                                  const Accept& accept, bool with_token) {
-  return Attempts(*this, request, ctx, accept, with_token).run();
+  return Attempts(*this, std::move(request), ctx, accept, with_token).run();
 }
 
 /// Of a member that was found dead.
@@ -5272,6 +5295,7 @@ COORDINATION_API HttpRequest ClientState::request(std::size_t member, const Call
   request.endpoint = members->url(member);
   request.path = call.path;
   request.body = call.body;
+  request.headers.reserve(3);
   if (!token.empty()) request.headers.emplace_back("Authorization", token);
   if (call.quorum) request.headers.emplace_back("Grpc-Metadata-hasleader", "true");
   if (ctx.deadline()) {
@@ -5289,7 +5313,7 @@ COORDINATION_API Result<HttpResponse> ClientState::perform(const HttpRequest& ht
   Result<HttpResponse> response = HttpResponse{};
   auto send = [&] { response = transport->perform(http, sink, ctx); };
   std::optional<std::string> thrown;
-  if (!ctx.deadline()) {
+  if (!ctx.deadline() || !options.transport) {  // our own keeps deadlines
     thrown = guarded(send);
   } else {
     auto late = *ctx.deadline() + milliseconds(20);
