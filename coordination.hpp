@@ -1350,14 +1350,15 @@ class ConfigCenter {
     return detail::convert<T>(*json, key);
   }
 
-  /// Returns the revision.
+  /// Returns the revision. Where the answer was lost and the key has the value, that is a success.
   /// Errors: Validation if a string in it is not UTF-8, or it is over etcd's limit of 1.5 MiB.
   Result<std::int64_t> set(std::string key, const nlohmann::json& value, Context ctx = {});
   /// Writes only if the key was last changed at `expected_revision` (0 = must not exist); returns
   /// the new revision. Errors: Conflict if it was not.
   Result<std::int64_t> compare_and_set(std::string key, std::int64_t expected_revision,
                                        const nlohmann::json& value, Context ctx = {});
-  /// Returns the revision. Errors: NotFound.
+  /// Returns the revision. Errors: NotFound. Where the answer was lost nobody can tell who has
+  /// removed a key that is gone: MaybeApplied.
   Result<std::int64_t> remove(std::string key, Context ctx = {});
   /// The keys under `prefix` + '/', and `prefix` itself, in order; "" = all. A user who may not
   /// read all from `prefix` to what is under it sees only the latter; so do watch_prefix and view.
@@ -9536,20 +9537,6 @@ COORDINATION_API Error conversion_error(const std::string& key, std::string want
                     std::string("it is a ") + found);
 }
 
-/// After a write whose outcome is unknown: has it taken effect?
-template <class Settled>
-Result<std::int64_t> settle(ClientState& client, const std::string& key, const Error& error,
-                            const Context& ctx, Settled settled) {
-  if (error.outcome == Outcome::NotApplied || ctx.done()) return error;
-  RangeRequest range;
-  range.key = key;
-  auto now = client.read(range, ctx);
-  if (!now) return error;
-  auto* kv = now->kvs.empty() ? nullptr : &now->kvs.front();
-  if (settled(kv)) return kv ? kv->mod_revision : now->revision;
-  return error;
-}
-
 COORDINATION_API Result<std::string> config_bytes(const std::string& key,
                                                   const nlohmann::json& value) {
   auto valid = validate_key(key, "key");
@@ -9672,8 +9659,14 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::set(std::string key,
   put.value = *bytes;
   auto done = state_->client->put(put, ctx);
   if (done) return done->revision;
-  return detail::settle(*state_->client, path, done.error(), ctx,
-                        [&](const KeyValue* kv) { return kv && kv->value == *bytes; });
+  // Whether it has taken effect, where the answer was lost: then it is done, whoever did it.
+  if (done.error().outcome == Outcome::NotApplied || ctx.done()) return done.error();
+  RangeRequest range;
+  range.key = path;
+  auto now = state_->client->read(range, ctx);
+  bool is_set = now && !now->kvs.empty() && now->kvs.front().value == *bytes;
+  if (is_set) return now->kvs.front().mod_revision;
+  return done.error();
 }
 
 COORDINATION_API Result<std::int64_t> ConfigCenter::compare_and_set(std::string key,
@@ -9711,8 +9704,7 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::remove(std::string key, Cont
   auto done = state_->client->remove(remove, ctx);
   if (done && done->deleted > 0) return done->revision;
   if (done) return detail::no_config(key);
-  return detail::settle(*state_->client, remove.key, done.error(), ctx,
-                        [](const KeyValue* kv) { return kv == nullptr; });
+  return done.error();
 }
 
 COORDINATION_API Result<std::vector<std::string>> ConfigCenter::list(std::string prefix,
