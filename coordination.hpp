@@ -401,8 +401,9 @@ class ManualClock : public Clock {
 
 enum class TlsVersion { Tls12, Tls13 };
 
-/// TLS for `https://` endpoints. Files are read again for each new connection; if that comes to
-/// nothing (half of a pair is replaced), what was read before stays in use.
+/// TLS for `https://` endpoints. Files are read and checked at connect(), and read again for each
+/// new connection; if that comes to nothing (half of a pair is replaced), what was read before
+/// stays in use. Where all members fail to agree with us on TLS, retry_config.max_attempts counts.
 struct TlsOptions {
   std::string ca_file;       // PEM; empty = the system's certificates
   std::string cert_file;     // client certificate and key, PEM; both or none. etcd's gateway
@@ -455,6 +456,13 @@ class Transport {
   /// Errors:  outcome NotApplied only if not one byte of the request can have reached the member.
   virtual Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
                                        const Context& ctx) = 0;
+  /// Whether it can be used at all; asked once, by connect().
+  virtual Result<void> check() { return {}; }
+  /// Whether time alone may mend that a request to `endpoint` has failed: not where the two sides
+  /// do not agree on TLS.
+  virtual bool may_recover(const std::string& endpoint) {
+    return static_cast<void>(endpoint), true;
+  }
   /// Closes what is kept open for the next request. A Coordinator that closes asks for it, unless
   /// the transport was given to it and so may be another one's, too.
   virtual void close_idle() {}
@@ -2693,6 +2701,7 @@ namespace detail::wire {
 using Json = nlohmann::json;
 
 inline constexpr int kMaxDepth = 128;  // nlohmann copies and prints by recursion
+inline constexpr std::size_t kManyValues = 1'000'000;
 
 COORDINATION_API void append_base64(std::string& out, std::string_view bytes) {
   static constexpr char kDigits[] =
@@ -2746,10 +2755,12 @@ COORDINATION_API std::optional<std::string> base64_decode(std::string_view text)
   return bytes;
 }
 
-/// What nlohmann may be given: nested no deeper than kMaxDepth, without a NUL, at which it would
-/// end. A look at the brackets is much cheaper than nlohmann's own callback.
+/// What nlohmann may be given: nested no deeper than kMaxDepth; without a NUL, at which it would
+/// end; and not of very many tiny values, each of which takes a hundred bytes (etcd's own have 14
+/// letters or more). A look at the brackets is much cheaper than nlohmann's own callback.
 COORDINATION_API bool is_harmless(std::string_view text) {
   int depth = 0;
+  std::size_t values = 0;
   bool in_string = false;
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
@@ -2760,11 +2771,14 @@ COORDINATION_API bool is_harmless(std::string_view text) {
       in_string = !in_string;
     } else if (!in_string && (c == '{' || c == '[')) {
       if (++depth > kMaxDepth) return false;
+      ++values;
     } else if (!in_string && (c == '}' || c == ']')) {
       --depth;
+    } else if (!in_string && c == ',') {
+      ++values;
     }
   }
-  return true;
+  return values < kManyValues || values < text.size() / 8;
 }
 
 /// Empty if it is no JSON, or nested too deeply.
@@ -3320,6 +3334,10 @@ COORDINATION_API Json decode_config(const std::string& bytes) {
 
 namespace detail {
 
+COORDINATION_API bool wants_tls(const TlsOptions& tls) {
+  return !(tls.ca_file + tls.ca_pem + tls.cert_file + tls.cert_pem).empty();
+}
+
 #if COORDINATION_USE_HTTPLIB
 
 /// OpenSSL writes to sockets that another thread may have shut down: that raises SIGPIPE, which
@@ -3864,12 +3882,15 @@ class Connection {
   socket_t socket() const { return socket_; }
   /// The server has turned us away before it read a request.
   bool rejected() const { return rejected_; }
+  /// It is there, but it and we do not agree on TLS: time alone does not mend that.
+  bool disagrees() const { return disagrees_; }
   /// What has failed; empty if a wait was too long, or was cut short.
   const std::string& cause() const { return cause_; }
 
  protected:
   bool fail(std::string why) { return cause_ = std::move(why), false; }
-  void reject(std::string why) { rejected_ = !fail(std::move(why)); }
+  void disagree(std::string why) { disagrees_ = !fail(std::move(why)); }
+  void reject(std::string why) { disagree(std::move(why)), rejected_ = true; }
 
   /// Repeats `step` until it need not wait for the other side.
   template <class Step>
@@ -3915,7 +3936,7 @@ class Connection {
   std::mutex mutex_;
   socket_t socket_{kNoSocket};
   bool cut_{false};
-  bool rejected_{false};
+  bool rejected_{false}, disagrees_{false};
   std::string cause_;
 };
 
@@ -3970,7 +3991,7 @@ class TlsConnection : public Connection {
     auto* ssl =
         static_cast<SSL*>(X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx()));
     auto* self = static_cast<TlsConnection*>(SSL_get_app_data(ssl));
-    if (!good && self->verify_) self->fail(certificate_words(store, self->host_));
+    if (!good && self->verify_) self->disagree(certificate_words(store, self->host_));
     return good;
   }
 
@@ -4005,15 +4026,15 @@ class TlsConnection : public Connection {
 #endif
       case SSL_R_WRONG_VERSION_NUMBER:
       case SSL_R_HTTP_REQUEST:
-        fail("https spoken to a port without TLS: is it an http port?");
+        disagree("https spoken to a port without TLS: is it an http port?");
         break;
       case SSL_R_UNSUPPORTED_PROTOCOL:
       case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
-        fail("the server has no version of TLS that is new enough");
+        disagree("the server has no version of TLS that is new enough");
         break;
       case SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE:
         if (!asked_) {
-          fail("the server has refused the TLS handshake: no version or cipher in common");
+          disagree("the server has refused the TLS handshake: no version or cipher in common");
           break;
         }
         [[fallthrough]];
@@ -4200,6 +4221,18 @@ class HttplibTransport : public Transport {
 #endif
   }
 
+  /// Whether what is given for TLS can be used.
+  Result<void> check() override {
+    if (!wants_tls(tls_)) return {};
+    auto made = make({true, {}, 0});
+    return made ? Result<void>{} : made.error();
+  }
+
+  bool may_recover(const std::string& endpoint) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return disagreeing_.count(endpoint) == 0;
+  }
+
   Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
                                const Context& ctx) override {
     if (ctx.done()) return context_error(ctx, "the request was not sent");
@@ -4215,12 +4248,14 @@ class HttplibTransport : public Transport {
     }
     auto hook = ctx.on_cancel([raw = connection.get()] { raw->cut(); });
     if (fresh && !open(*connection, request.endpoint, deadline)) {
+      remember(request.endpoint, *connection);
       return failed(ctx, "cannot connect to " + request.endpoint, connection->cause(), false);
     }
     HttpStream stream(*connection, deadline, request.idle_timeout, limits_.head);
     Exchange state;
     bool whole = run(stream, request, sink, ctx, state);
     hook.reset();
+    remember(request.endpoint, *connection);
     bool reusable = whole && !state.stopped && !close && stream.drained() && !ctx.cancelled();
     if (reusable) give_back(request.endpoint, std::move(connection));
     return judge(request, state, whole, stream, ctx);
@@ -4312,6 +4347,12 @@ class HttplibTransport : public Transport {
     return failed(ctx, what, cause, stream.sent());
   }
 
+  void remember(const std::string& endpoint, const Connection& connection) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    disagreeing_.erase(endpoint);
+    if (connection.disagrees()) disagreeing_.insert(endpoint);
+  }
+
   /// Whether nobody has ever answered there.
   bool is_stranger(const std::string& endpoint) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -4376,7 +4417,7 @@ class HttplibTransport : public Transport {
   TlsFactory factory_{tls_};
 #endif
   std::mutex mutex_;
-  std::set<std::string> served_;
+  std::set<std::string> served_, disagreeing_;  // endpoints
   std::map<std::string, std::vector<Held>> idle_;
   std::map<std::string, std::optional<Address>> known_;  // the address that worked the last time
 };
@@ -4905,6 +4946,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
                       const Context& ctx) const;
 
  private:
+  bool all_disagree_on_tls() const;
   void look_at(std::size_t member, milliseconds patience);
   void authenticate();
   Result<Login> fetch_token(const Context& ctx);
@@ -5255,11 +5297,18 @@ COORDINATION_API Error silent_member(Outcome outcome) {
 }
 
 /// What the answer of a member means, or that there was none. `ctx`: of the call, all attempts.
+COORDINATION_API bool ClientState::all_disagree_on_tls() const {
+  std::size_t count = 0;
+  while (count < members->size() && !transport->may_recover(members->url(count))) ++count;
+  return count == members->size();
+}
+
 COORDINATION_API Verdict ClientState::judge(const Result<HttpResponse>& response,
                                             std::size_t member, const Context& ctx) {
   Verdict verdict;
   if (!response) {
     verdict = judge_transport(response.error());
+    verdict.passing = verdict.passing && !all_disagree_on_tls();
     bool ours = ctx.cancelled() || open.cancelled();
     if (response.error().code == ErrorCode::Cancelled && !ours) {
       verdict.next = Verdict::Next::OtherMember;
@@ -9880,10 +9929,6 @@ COORDINATION_API CoordinatorOptions options_from_env() {
 
 namespace detail {
 
-COORDINATION_API bool wants_tls(const TlsOptions& tls) {
-  return !(tls.ca_file + tls.ca_pem + tls.cert_file + tls.cert_pem).empty();
-}
-
 COORDINATION_API Result<void> validate_retry(const RetryConfig& retry) {
   if (retry.max_attempts < 0) return invalid("retry_config.max_attempts is negative");
   if (retry.initial_delay.count() <= 0 || retry.max_delay.count() <= 0) {
@@ -10104,6 +10149,8 @@ COORDINATION_API Result<Coordinator> Coordinator::connect(CoordinatorOptions opt
     (*state->client->log)(
         LogLevel::Warn, "tls.verify_server is false: anybody can pretend to be etcd, and read all");
   }
+  auto usable = state->client->transport->check();
+  if (!usable) return usable.error();
   if (!state->client->executor->timer.start()) {
     return detail::make_error(ErrorCode::Unavailable, "cannot connect",
                               "the system has no thread to give");

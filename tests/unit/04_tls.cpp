@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "coordination.hpp"
+#include "support/raw_server.hpp"
 #include "support/scripted_transport.hpp"
 #include "support/tls_files.hpp"
 #include "support/tls_server.hpp"
@@ -68,8 +69,9 @@ Result<HttpResponse> ask(const std::string& endpoint, const TlsOptions& tls) {
 }
 
 /// One line of the table: what was set up, what came of it, and in which words.
-void row(const char* title, const Result<HttpResponse>& answer, const std::string& essential,
-         ErrorCode code = ErrorCode::Connection) {
+template <class T>
+void row(const char* title, const Result<T>& answer, const std::string& essential,
+         ErrorCode code = ErrorCode::Connection, Outcome outcome = Outcome::NotApplied) {
   std::printf("  %-44s %s\n", title, text_of(answer).c_str());
   INFO(std::string(title));
   if (essential == "ok") {
@@ -80,7 +82,7 @@ void row(const char* title, const Result<HttpResponse>& answer, const std::strin
   INFO(text_of(answer));
   CHECK(text_of(answer).find(essential) != std::string::npos);
   CHECK(std::string(to_string(answer.error().code)) == to_string(code));
-  CHECK(answer.error().outcome == Outcome::NotApplied);
+  CHECK(answer.error().outcome == outcome);
 }
 
 void row_of(const char* title, const std::string& certificate, const std::string& host,
@@ -171,16 +173,70 @@ TEST_CASE("TLS: the files, and what is wrong with them") {
   CHECK(server.requests() == 0);
 }
 
-TEST_CASE("TLS: bad files are told at connect, at once, and by one attempt") {
-  auto tls = trusting();
-  tls.ca_file = files().file("nowhere.pem");
+TEST_CASE("TLS: bad files are told at connect, at once, whatever the endpoints are") {
+  const RawServer server([](Wire& wire) { wire.wait_for_end(); });
+  for (const std::string scheme : {"", "http://", "https://"}) {
+    CoordinatorOptions options;
+    options.endpoints = {scheme + server.url().substr(7), "127.0.0.1:2"};
+    options.tls.ca_file = files().file("nowhere.pem");
+    auto connected = Coordinator::connect(options);
+    REQUIRE_FALSE(connected);
+    CHECK(connected.error().code == ErrorCode::Validation);
+    CHECK(text_of(connected).find(options.tls.ca_file) != std::string::npos);
+    options.tls = trusting();
+    options.tls.cert_file = files().client_cert();
+    options.tls.key_file = files().file("good.key");
+    connected = Coordinator::connect(options);
+    REQUIRE_FALSE(connected);
+    CHECK(connected.error().code == ErrorCode::Validation);
+    CHECK(text_of(connected).find("is not the key of tls.cert_file") != std::string::npos);
+  }
+  CHECK(server.connections() == 0);
+}
+
+TEST_CASE("TLS: that no member will ever be believed is told soon; that some are down is not") {
+  const TlsServer one(served_with("good")), two(served_with("expired"));
   CoordinatorOptions options;
-  options.endpoints = {"127.0.0.1:1", "127.0.0.1:2"};
-  options.tls = tls;
-  const auto connected = Coordinator::connect(options);
-  REQUIRE_FALSE(connected);
-  CHECK(connected.error().code == ErrorCode::Validation);
-  CHECK(text_of(connected).find(tls.ca_file) != std::string::npos);
+  options.timeout = 60s;
+  options.tls.ca_file = files().other_ca();
+  options.endpoints = {one.url("127.0.0.1"), two.url("localhost")};
+  const Stopwatch watch;
+  const auto never = Coordinator::connect(options);
+  row("another CA, two endpoints", never, "unknown CA");
+  CHECK(text_of(never).find("localhost") != std::string::npos);
+  CHECK(watch.elapsed() < lenient(15s));
+  options.timeout = 2s;
+  options.endpoints[1] = "https://127.0.0.1:" + std::to_string(free_port());
+  const Stopwatch longer;
+  const auto yet = Coordinator::connect(options);
+  for (const char* why : {"unknown CA", "connection refused"}) {
+    CHECK_MESSAGE(text_of(yet).find(why) != std::string::npos, text_of(yet));
+  }
+  CHECK(longer.elapsed() >= 1s);
+  options.endpoints[0] = one.url("localhost");
+  options.tls = trusting();
+  const auto transport = make_default_transport(options.tls);
+  row("one endpoint down, one that is well", ask(one.url("localhost"), options.tls), "ok");
+}
+
+TEST_CASE("TLS: http and https at the wrong port, and what is no server") {
+  const TlsServer tls(served_with("good"));
+  const RawServer plain([](Wire& wire) {
+    wire.read_some();
+    wire.send(http("400 Bad Request", ""));
+    wire.wait_for_end();
+  });
+  const auto to = [](const char* scheme, const std::string& url) {
+    return scheme + url.substr(url.find(":/"));
+  };
+  const auto closed = "127.0.0.1:" + std::to_string(free_port());
+  row("https to an http port", ask(to("https", plain.url()), trusting()), "is it an http port?");
+  row("http to an https port", ask(to("http", tls.url("127.0.0.1")), {}), "https port",
+      ErrorCode::Connection, Outcome::MaybeApplied);
+  row("http, refused", ask("http://" + closed, {}), "connection refused");
+  row("https, refused", ask("https://" + closed, trusting()), "connection refused");
+  row("an unknown host", ask("https://no-such-host.invalid:1", {}), "host name not found: ");
+  CHECK(tls.requests() == 0);
 }
 
 TEST_CASE("TLS: client certificates") {

@@ -110,6 +110,19 @@ TEST_CASE("parse: depth has a limit, and no depth can do harm") {
   CHECK(wire::parse(wide + "]").has_value());
 }
 
+TEST_CASE("parse: very many tiny values are no JSON of etcd's, very many of its own are") {
+  const auto list = [](const std::string& value, std::size_t count) {
+    std::string text = "[";
+    for (std::size_t i = 1; i < count; ++i) text += value + ",";
+    return text + value + "]";
+  };
+  CHECK(wire::parse(list("0", 900'000)));
+  CHECK_FALSE(wire::parse(list("0", 1'100'000)));
+  CHECK_FALSE(wire::parse(list("{}", 600'000)));
+  CHECK(wire::is_harmless(list(R"({"ID":"7587870000000000001"})", 1'100'000)));
+  CHECK(wire::is_harmless(list(R"({"key":"YQ==","mod_revision":"2","version":"1"})", 500'000)));
+}
+
 TEST_CASE("parse: members of an odd kind are zero") {
   const auto json = Json::parse(R"({"n":"12","m":-3,"f":2.0,"big":"18446744073709551615",
       "neg":"-9223372036854775808","bad":"x1","null":null,"obj":{},"arr":[],"t":true,"s":"text",
