@@ -1172,6 +1172,9 @@ class [[nodiscard]] LiveView {
   /// for those that came before it was set. A handler that is set later adds to those before; all
   /// of them live as long as this handle.
   void on_change(std::function<void()> handler);
+  /// Called once when the view stands still for good though nobody has closed it (also when that
+  /// was before on_end()): PermissionDenied. Threads: as the handlers of on_change.
+  void on_end(std::function<void(const Error&)> handler);
 
   explicit LiveView(std::shared_ptr<detail::ViewCore> core) : core_(std::move(core)) {}
 
@@ -7895,7 +7898,8 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
       : feed(std::make_shared<RangeFeed>(client, std::move(request),
                                          RangeFeed::Mode::LiveWithValues)),
         strand(std::make_shared<Strand>(client->executor, client->executor->callbacks, client->log,
-                                        "on_change of a view of " + feed->key())) {}
+                                        "that of a view of " + feed->key())),
+        ended(strand) {}
 
   bool push(WatchEvent event) override {
     stale = true;
@@ -7919,6 +7923,7 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
     }
     if (error.code == ErrorCode::Cancelled) return;
     (*feed->client()->log)(LogLevel::Error, "a view has ended", {{"cause", to_string(error)}});
+    ended.fire(error);
   }
   struct Handler {
     std::function<void()> call;
@@ -7956,7 +7961,7 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   }
   void close() {
     feed->stop();
-    strand->close();
+    ended.close();  // and the strand
     std::list<std::shared_ptr<Handler>> dropped;
     std::lock_guard<std::mutex> lock(gate.mutex);
     dropped.swap(handlers);
@@ -7964,6 +7969,7 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
 
   std::shared_ptr<RangeFeed> feed;
   std::shared_ptr<Strand> strand;
+  LossSignal ended;
   Gate gate;
   std::list<std::shared_ptr<Handler>> handlers;
   std::int64_t shown{0};       // the revision that it stands for
@@ -9572,6 +9578,9 @@ COORDINATION_API std::int64_t LiveView::revision() const {
 }
 COORDINATION_API bool LiveView::connected() const { return core_->feed->connected(); }
 COORDINATION_API milliseconds LiveView::age() const { return core_->feed->age(); }
+COORDINATION_API void LiveView::on_end(std::function<void(const Error&)> handler) {
+  core_->ended.add(std::move(handler));
+}
 COORDINATION_API void LiveView::on_change(std::function<void()> handler) {
   core_->add_handler(std::move(handler));
 }
@@ -10120,7 +10129,7 @@ struct StandIns {
     view->shows = [](const std::string&) { return false; };
     lease->loss.shut();
     owned->loss.shut();
-    view->strand->shut();
+    view->ended.shut();
     all = {client, coordinator, lease, owned, registration, view};
   }
 };

@@ -299,6 +299,20 @@ TEST_CASE("handlers: a watch that has ended says so, once, after its events") {
   CHECK(notes.lines() == Strings{"1", "COMPACTED", "again"});
 }
 
+TEST_CASE("views: one that has ended says so, once, to every handler") {
+  Setup s;
+  Notes notes;
+  s.d.config().set("k", 1).value();
+  auto view = s.c.config().view("k").value();
+  view.on_end([&](const Error& error) { notes.add(to_string(error.code)); });
+  s.etcd->enable_auth("secret");
+  s.etcd->cut_streams();
+  CHECK(eventually([&] { return notes.size() == 1; }));
+  view.on_end([&](const Error&) { notes.add("late"); });
+  CHECK(eventually([&] { return notes.size() == 2; }));
+  CHECK(notes.lines() == Strings{"PERMISSION_DENIED", "late"});
+}
+
 TEST_CASE("watches: one that breaks hurries the renewals") {
   Setup s;
   std::atomic<int> lost{0};
