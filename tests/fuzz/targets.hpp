@@ -239,8 +239,10 @@ inline void http(std::string_view bytes) {
   const auto seed = take(bytes);
   const bool close = take(bytes) % 2 == 1;
   const auto one = hear(bytes, 0, close), other = hear(bytes, seed, close);
-  must(one.whole == other.whole && one.status == other.status && one.body == other.body,
-       "an answer is the same in any pieces");
+  must(one.whole == other.whole, "an answer is whole in any pieces");
+  must(one.status == other.status, "a status is the same in any pieces");
+  // What zlib has unpacked before it finds a fault depends on the pieces.
+  must(!one.whole || one.body == other.body, "a body is the same in any pieces");
 }
 
 #endif
