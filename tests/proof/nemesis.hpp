@@ -36,6 +36,13 @@ class Workers {
   }
 
   std::size_t size() const { return slots_.size(); }
+  /// By the name that it holds its locks by.
+  std::optional<std::size_t> index_of(const std::string& holder) const {
+    for (std::size_t i = 0; i < size(); ++i) {
+      if (holder_of(slots_[i]->process) == holder) return i;
+    }
+    return std::nullopt;
+  }
   void start(std::size_t i) {
     Slot& slot = *slots_.at(i);
     slot.process = ++count_;
@@ -120,7 +127,8 @@ class Nemesis {
         fault.second();
         ++counts_[fault.first];
       } catch (const std::exception& e) {  // a busy machine: the cluster takes longer than we wait
-        std::cout << fault.first << " did not succeed: " << e.what() << std::endl;
+        const std::string why = e.what();
+        std::cout << fault.first << " did not succeed: " << why.substr(0, why.find('\n')) << "\n";
         recover();
       }
       rest(500, 2000);
@@ -204,6 +212,17 @@ class Nemesis {
         },
         20s);
     return reply;
+  }
+
+  /// The oldest key under a prefix; null if there is none.
+  Json first_of(const std::string& prefix) {
+    const auto reply = ask("/v3/kv/range", {{"key", gateway::b64(prefix)},
+                                            {"range_end", gateway::b64(prefix_range_end(prefix))},
+                                            {"sort_target", "CREATE"},
+                                            {"sort_order", "ASCEND"},
+                                            {"limit", "1"}});
+    if (reply.status != 200 || !reply.json.contains("kvs")) return nullptr;
+    return reply.json["kvs"][0];
   }
 
   // Members.
@@ -294,13 +313,8 @@ class Nemesis {
     workers_.heal(slow);
   }
   void rob_once(bool key) {
-    const auto reply = ask("/v3/kv/range", {{"key", gateway::b64(kRobbed)},
-                                            {"range_end", gateway::b64(prefix_range_end(kRobbed))},
-                                            {"sort_target", "CREATE"},
-                                            {"sort_order", "ASCEND"},
-                                            {"limit", "1"}});
-    if (reply.status != 200 || !reply.json.contains("kvs")) return;
-    const Json kv = reply.json["kvs"][0];
+    const Json kv = first_of(kRobbed);
+    if (kv.is_null()) return;
     if (key) return delete_key(kv);
     ask("/v3/lease/revoke", {{"ID", kv["lease"]}});
   }
@@ -336,13 +350,16 @@ class Nemesis {
     workers_.cut(i);
     workers_.heal(i);
   }
-  /// A lease ends by the time at which its last renewal was sent, not by when it was answered.
+  /// A lease ends by the time at which its last renewal was sent, not by when it was answered: of
+  /// who holds a lock answers come late, and then no request arrives any more.
   void late_then_nothing() {
-    const auto i = any_worker();
-    workers_.delay_answers(i, 2500ms);
-    rest(5000, 8000);
-    workers_.pause(i, Way::Both);
-    rest(9000, 11000);
+    const auto holder = first_of("/soak/locks/patient/");
+    const std::string value = holder.is_null() ? "" : gateway::unb64(holder.value("value", ""));
+    const auto i = workers_.index_of(value).value_or(any_worker());
+    workers_.delay_answers(i, 3s);
+    rest(5000, 7000);
+    workers_.pause(i, Way::Up);
+    rest(10000, 11000);
     workers_.cut(i);
     workers_.heal(i);
   }

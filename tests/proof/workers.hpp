@@ -36,6 +36,8 @@ struct WorkerOptions {
   std::vector<std::string> endpoints;
 };
 
+inline std::string holder_of(int process) { return "worker-" + std::to_string(process); }
+
 inline int open_descriptors() {
   DIR* folder = opendir("/proc/self/fd");
   int count = 0;
@@ -97,7 +99,7 @@ class Worker {
     options.username = "root";
     options.password = "root-password";
     options.key_prefix = kPrefix;
-    options.holder = "worker-" + std::to_string(options_.process);
+    options.holder = holder_of(options_.process);
     if (std::getenv("COORDINATION_TEST_LOG") != nullptr) options.logger = stderr_logger();
     for (;;) {  // the cluster may be down just now
       auto made = Coordinator::connect(options);
@@ -287,7 +289,7 @@ class Worker {
         return coordinator_->election().campaign(name, unique(), queue.ttl, patience);
       });
     } else {
-      const auto name = of_now(queue.name, 30);
+      const auto name = queue.sits ? queue.name : of_now(queue.name, 30);
       hold<Lock>(queue, name, dice, [&] { return acquire(queue, name, dice); });
     }
   }
