@@ -3,6 +3,7 @@
 header, must be found by it within five minutes.
 
     tests/proof/mutants.py [--etcd PATH] [--seed N] [NAME...]
+    tests/proof/mutants.py --check    looks only whether all of them can still be planted
 
 Builds below build/mutants. Exit status: how many were not found.
 """
@@ -26,8 +27,7 @@ MUTANTS = {
         ("    if (unknown && call.safety == Safety::Write) return false;\n", ""),
     ],
     "watch resumed one revision late": [
-        ("if (overlap && watch->anchored && start > 1) --start;",
-         "if (overlap && watch->anchored && start > 1) ++start;"),
+        ("if (returns && start > 1) --start;", "if (returns && start > 1) ++start;"),
     ],
     "held() from the receive instant": [
         ("    answered(it->second, sent, reply->ttl);",
@@ -42,6 +42,15 @@ MUTANTS = {
 }
 
 
+def mutated(name):
+    header = (root / "coordination.hpp").read_text(encoding="utf-8")
+    for old, new in MUTANTS[name]:
+        if header.count(old) != 1:
+            sys.exit(f"{name}: stands in the header {header.count(old)} times: {old.strip()}")
+        header = header.replace(old, new)
+    return header
+
+
 def plant(name, folder):
     """A copy of what is needed to build, with the fault in it."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -50,12 +59,7 @@ def plant(name, folder):
         shutil.copy(root / part, folder)
     for part in ("tests", "tools", "examples"):
         shutil.copytree(root / part, folder / part)
-    header = (root / "coordination.hpp").read_text(encoding="utf-8")
-    for old, new in MUTANTS[name]:
-        if header.count(old) != 1:
-            sys.exit(f"{name}: stands in the header {header.count(old)} times: {old.strip()}")
-        header = header.replace(old, new)
-    (folder / "coordination.hpp").write_text(header, encoding="utf-8")
+    (folder / "coordination.hpp").write_text(mutated(name), encoding="utf-8")
 
 
 def is_found(name, options):
@@ -86,6 +90,9 @@ parser = argparse.ArgumentParser(description=__doc__,
 parser.add_argument("--etcd")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--time", default="150s")
+parser.add_argument("--check", action="store_true")
 parser.add_argument("names", nargs="*", metavar="NAME", help="one of: " + "; ".join(MUTANTS))
 arguments = parser.parse_args()
+if arguments.check:
+    sys.exit(0 if all(map(mutated, MUTANTS)) else 1)
 sys.exit(sum(not is_found(name, arguments) for name in arguments.names or MUTANTS))
