@@ -18,6 +18,9 @@ namespace proof {
 
 using Json = nlohmann::json;
 
+/// How long what must come at last may take: a busy machine is no violation.
+inline constexpr auto kPatience = std::chrono::minutes(3);
+
 /// CLOCK_MONOTONIC in nanoseconds: one clock for all processes of a machine.
 inline std::int64_t now_ns() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);

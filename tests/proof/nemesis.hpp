@@ -78,7 +78,7 @@ class Workers {
   /// Asks all to end, and waits for it.
   void end() {
     for (auto& slot : slots_) slot->child->signal(SIGTERM);
-    for (auto& slot : slots_) slot->child->wait(200s);
+    for (auto& slot : slots_) slot->child->wait(10min);
   }
 
   const std::set<int>& killed() const { return killed_; }

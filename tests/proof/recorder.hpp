@@ -34,7 +34,7 @@ class Recorder {
   /// All changes up to this one are known.
   std::int64_t revision() const { return revision_; }
   bool wait_for(std::int64_t revision) {
-    return support::wait_until([&] { return revision_ >= revision; }, 60s);
+    return support::wait_until([&] { return revision_ >= revision; }, kPatience);
   }
   std::vector<Change> changes() const {
     std::lock_guard<std::mutex> hold(mutex_);

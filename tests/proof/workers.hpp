@@ -233,7 +233,7 @@ class Worker {
       if (!take(*made, id, &last)) return;
     }
     const auto written = write_at_last(raw(0));  // whatever happened, this is still to come
-    const auto limit = std::chrono::steady_clock::now() + 60s;
+    const auto limit = std::chrono::steady_clock::now() + kPatience;
     while (last < written && std::chrono::steady_clock::now() < limit) {
       if (!take(*made, id, &last)) return;
     }
@@ -262,7 +262,7 @@ class Worker {
                              revision = done.value_or(0);
                              return revision > 0;
                            },
-                           60s));
+                           kPatience));
     return revision;
   }
   void note_event(int id, const WatchEvent& event) {
@@ -441,7 +441,7 @@ class Worker {
     const auto key = std::string(kPrefix) + "/config/rest-" + std::to_string(options_.process);
     const auto written = write_at_last(key);
     if (written == 0 || !have_views()) return;
-    const auto limit = Context::with_timeout(60s);
+    const auto limit = Context::with_timeout(kPatience);
     reached("a view", static_cast<bool>(views_->config.wait_for(written, limit)));
     note_config();
     note_services();

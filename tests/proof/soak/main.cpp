@@ -59,7 +59,7 @@ Violations leftovers(EtcdCluster& etcd, Recorder& recorder) {
     return reply.status == 200 ? reply.json.value("leases", Json::array()).size() : std::size_t{1};
   };
   Violations found;
-  if (!support::wait_until([&] { return leases() == 0; }, 90s)) {
+  if (!support::wait_until([&] { return leases() == 0; }, kPatience)) {
     found.push_back(std::to_string(leases()) + " leases are left");
   }
   if (!recorder.wait_for(etcd.gateway(0).revision())) found.push_back("the store was not followed");
