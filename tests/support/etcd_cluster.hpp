@@ -172,9 +172,7 @@ class EtcdCluster {
     }
     members_[i]->id = unsigned_of(reply.json["member"], "ID");
     launch(*members_[i], "existing");
-    if (!server(i).serving()) {
-      throw std::runtime_error("an added member does not serve:\n" + server(i).output());
-    }
+    require_serving(i, 60s);
     link(i).refuse(false);
     members_[i]->learner = learner;
     set_well(i, !learner);
@@ -262,7 +260,7 @@ class EtcdCluster {
   void require_serving(std::size_t i, milliseconds limit) {
     if (server(i).serving(limit)) return;
     const auto said = server(i).output();
-    throw std::runtime_error("a member does not come back; it said last\n" +
+    throw std::runtime_error("a member does not serve; it said last\n" +
                              said.substr(said.size() - std::min<std::size_t>(said.size(), 2000)));
   }
   void set_well(std::size_t i, bool well) {
