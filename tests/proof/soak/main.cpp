@@ -75,19 +75,30 @@ Violations leftovers(EtcdCluster& etcd, Recorder& recorder) {
 void write_operations(const History& history, const std::string& path) {
   static const std::set<std::string> kinds{"get",     "set",  "cas",    "remove",
                                            "acquire", "held", "release"};
-  const auto removals = removals_of(history);
+  const auto claims = claims_of_removals(history);
   std::ofstream file(path);
   for (const Entry& e : history.entries) {
     if (kinds.count(e.kind) == 0) continue;
     const char* is = e.is == Is::Done ? "done" : e.is == Is::NotApplied ? "not" : "maybe";
-    // Removed by this call, or found missing after its answer was lost.
-    const bool found_missing =
-        e.kind == "remove" && e.done() && removals.count({e.in["key"], e.out["revision"]}) == 0;
+    // Certainly removed by this call, or perhaps found missing after its answer was lost.
+    bool found_missing = false;
+    if (e.kind == "remove" && e.done()) {
+      const auto claim = claims.find({e.in["key"], e.out["revision"]});
+      found_missing = claim == claims.end() || claim->second > 1;
+    }
     const Json line{{"process", e.process}, {"kind", found_missing ? "gone" : e.kind},
                     {"in", e.in},           {"out", e.out},
                     {"begin", e.begin},     {"end", e.end},
                     {"code", e.code},       {"is", is}};
     file << line.dump() << "\n";
+  }
+}
+
+void write_store(const History& history, const std::string& path) {
+  std::ofstream file(path);
+  for (const Change& change : history.changes) {
+    file << change.revision << (change.put ? " PUT " : " DELETE ") << change.key << " "
+         << change.value << "\n";
   }
 }
 
@@ -158,6 +169,7 @@ int judge(const Options& options, const History& history, const Nemesis& nemesis
   bad += !report("nothing is left", left);
   const auto path = options.out + "/operations.jsonl";
   write_operations(history, path);
+  write_store(history, options.out + "/store.txt");
   bad += !check_operations(options, path);
   std::cout << (bad == 0 ? "all of it holds" : "VIOLATED") << ", seed " << options.seed << "\n";
   return bad == 0 ? 0 : 1;
