@@ -19,6 +19,7 @@ have() {
     libcpp-httplib-dev) header httplib.h ;;
     nlohmann-json3-dev) header nlohmann/json.hpp ;;
     libssl-dev) header openssl/ssl.h ;;
+    libcli11-dev) header CLI/CLI.hpp ;;
     doctest-dev) header doctest/doctest.h ;;
     libcli11-dev) header CLI/CLI.hpp ;;
     protobuf-compiler) command -v protoc ;;

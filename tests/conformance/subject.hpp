@@ -1,6 +1,7 @@
 // Whom the conformance tests are run on, and in what these are known to differ.
 //
-// Always: MemoryEtcd, and the etcd that is installed. And those that COORDINATION_ETCDS names
+// Always: MemoryEtcd, by itself and behind coordctl's dev-server, and the etcd that is installed.
+// And those that COORDINATION_ETCDS names
 // (paths separated by ':'), see tools/fetch_etcd.sh.
 #pragma once
 
@@ -16,6 +17,7 @@
 #include "gateway.hpp"
 #include "support/etcd_cluster.hpp"
 #include "support/wait.hpp"
+#include "tools/coordctl/dev_server.hpp"
 
 namespace conformance {
 
@@ -175,7 +177,8 @@ class Subject {
 
 class MemorySubject : public Subject {
  public:
-  MemorySubject() : Subject("MemoryEtcd", kMemoryVersion, true) {}
+  explicit MemorySubject(const std::string& name = "MemoryEtcd")
+      : Subject(name, kMemoryVersion, true) {}
   Gateway gateway() override { return {etcd_, "http://memory:2379"}; }
   std::unique_ptr<Subject> fresh(const std::vector<std::string>&) override {
     return std::make_unique<MemorySubject>();
@@ -194,9 +197,42 @@ class MemorySubject : public Subject {
   }
   void let_pass(milliseconds time) override { etcd_->advance(time); }
 
- private:
+ protected:
   std::shared_ptr<coordination::MemoryEtcd> etcd_ = coordination::MemoryEtcd::manual_clock();
 };
+
+#if COORDINATION_USE_HTTPLIB
+/// A MemoryEtcd over HTTP.
+class ServedSubject : public MemorySubject {
+ public:
+  ServedSubject() : MemorySubject("dev-server") {}
+  Gateway gateway() override { return served_->gateway(transport_); }
+  std::unique_ptr<Subject> fresh(const std::vector<std::string>&) override {
+    return std::make_unique<ServedSubject>();
+  }
+  Leaderless leaderless() override {
+    const auto other = std::make_shared<coordination::MemoryEtcd>();
+    const auto served = std::make_shared<Served>(other);
+    const Gateway g = served->gateway(transport_);
+    g.grant(50, 600);
+    other->no_leader(1000);
+    return {g, served};
+  }
+
+ private:
+  struct Served {
+    explicit Served(const std::shared_ptr<coordination::MemoryEtcd>& etcd)
+        : server(etcd, "127.0.0.1", 0) {}
+    Gateway gateway(const std::shared_ptr<coordination::Transport>& transport) const {
+      return {transport, "http://127.0.0.1:" + std::to_string(server.port())};
+    }
+    coordctl::DevServer server;
+  };
+
+  std::shared_ptr<coordination::Transport> transport_ = coordination::make_default_transport();
+  std::shared_ptr<Served> served_ = std::make_shared<Served>(etcd_);
+};
+#endif
 
 class RealSubject : public Subject {
  public:
@@ -298,6 +334,9 @@ inline const std::vector<std::unique_ptr<Subject>>& subjects() {
   static const std::vector<std::unique_ptr<Subject>> all = [] {
     std::vector<std::unique_ptr<Subject>> list;
     list.push_back(std::make_unique<MemorySubject>());
+#if COORDINATION_USE_HTTPLIB
+    list.push_back(std::make_unique<ServedSubject>());
+#endif
     for (const Binary& binary : binaries()) {
       if (binary.version == 0) throw std::runtime_error("does not run: " + binary.path);
       list.push_back(std::make_unique<RealSubject>(binary.path, binary.version));
