@@ -89,12 +89,9 @@ TEST_CASE("proof: removals that are not as they were told") {
   };
   const std::vector<Change> store{put(2, "k", "a"), removal(3, "k"), put(5, "k", "b")};
   CHECK(removals_are_as_told({{remove(3)}, store}).empty());
-  CHECK_MESSAGE(removals_are_as_told({{remove(4)}, store}).empty(), "found missing");
+  CHECK_MESSAGE(removals_are_as_told({{remove(4)}, store}).size() == 1, "found missing");
   CHECK(removals_are_as_told({{remove(2)}, store}).size() == 1);
-  CHECK(removals_are_as_told({{remove(5)}, store}).size() == 1);
-  const auto claims = claims_of_removals({{remove(3), remove(3), remove(4)}, store});
-  CHECK(claims.size() == 1);
-  CHECK(claims.at({"k", 3}) == 2);
+  CHECK_MESSAGE(removals_are_as_told({{remove(3), remove(3)}, store}).size() == 1, "twice");
 }
 
 namespace {

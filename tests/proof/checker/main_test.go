@@ -100,10 +100,6 @@ func TestHistories(t *testing.T) {
 			cas(2, 3, `"a"`, "b", "not", "CONFLICT")}},
 		{"removed twice", 1, []string{set(0, 1, "a", "done"), remove(2, 3, "done", ""),
 			remove(4, 5, "done", "")}},
-		{"removed by another", 0, []string{set(0, 1, "a", "done"), remove(2, 3, "done", ""),
-			line("gone", 2, 5, key(""), "", "done", "")}},
-		{"found missing, and there", 1, []string{set(0, 1, "a", "done"),
-			line("gone", 2, 5, key(""), "", "done", ""), get(6, 7, "a")}},
 		{"not there to be removed", 1, []string{set(0, 1, "a", "done"),
 			remove(2, 3, "not", "NOT_FOUND")}},
 

@@ -34,7 +34,7 @@ type call struct {
 
 // operation is what a model is asked about. Values are unique, so a value stands for its revision.
 type operation struct {
-	does   string // get set cas differs remove gone; acquire held release lose
+	does   string // get set cas differs remove; acquire held release lose
 	value  string // what is read or written, or who holds
 	expect string
 	maybe  bool // it may have happened, between its begin and for ever
@@ -74,8 +74,6 @@ func step(state string, op operation) []string {
 		if state != none {
 			after = []string{none}
 		}
-	case "gone": // a remove that was not answered, and the key was found missing
-		after = []string{none}
 	case "release":
 		if fits(state, op.value) {
 			after = []string{none}

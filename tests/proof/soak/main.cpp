@@ -75,21 +75,12 @@ Violations leftovers(EtcdCluster& etcd, Recorder& recorder) {
 void write_operations(const History& history, const std::string& path) {
   static const std::set<std::string> kinds{"get",     "set",  "cas",    "remove",
                                            "acquire", "held", "release"};
-  const auto claims = claims_of_removals(history);
   std::ofstream file(path);
   for (const Entry& e : history.entries) {
     if (kinds.count(e.kind) == 0) continue;
     const char* is = e.is == Is::Done ? "done" : e.is == Is::NotApplied ? "not" : "maybe";
-    // Certainly removed by this call, or perhaps found missing after its answer was lost.
-    bool found_missing = false;
-    if (e.kind == "remove" && e.done()) {
-      const auto claim = claims.find({e.in["key"], e.out["revision"]});
-      found_missing = claim == claims.end() || claim->second > 1;
-    }
-    const Json line{{"process", e.process}, {"kind", found_missing ? "gone" : e.kind},
-                    {"in", e.in},           {"out", e.out},
-                    {"begin", e.begin},     {"end", e.end},
-                    {"code", e.code},       {"is", is}};
+    const Json line{{"process", e.process}, {"kind", e.kind}, {"in", e.in},     {"out", e.out},
+                    {"begin", e.begin},     {"end", e.end},   {"code", e.code}, {"is", is}};
     file << line.dump() << "\n";
   }
 }
