@@ -2190,14 +2190,19 @@ class Lane : public std::enable_shared_from_this<Lane> {
     return threads_.count(std::this_thread::get_id()) > 0;
   }
 
-  /// Waits until there is nothing to do, but for what the caller does; and not past `limit`, nor
-  /// again for what has not ended by then.
-  void drain(SteadyTime limit) {
+  /// Waits until there is nothing to do, but for what the caller does; `turns` of 10 ms at most,
+  /// and not again for what has not ended by then. A machine that has no time gives the caller no
+  /// turn, either: so the others have had theirs.
+  void drain(int& turns, SteadyTime limit = (SteadyTime::max)()) {
     if (runs_here()) return;
     auto is_idle = [this] { return tasks_.empty() && idle_ >= threads_.size(); };
     std::unique_lock<std::mutex> lock(mutex_);
-    if (stuck_) limit = steady_clock::now();
-    stuck_ = !changed_.wait_until(lock, limit, is_idle);
+    bool idle = is_idle();
+    while (!idle && !stuck_ && turns-- > 0) {
+      auto turn = (std::min)(limit, steady_clock::now() + milliseconds(10));
+      idle = changed_.wait_until(lock, turn, is_idle);
+    }
+    stuck_ = !idle;
   }
 
  private:
@@ -2407,12 +2412,11 @@ struct Executor : std::enable_shared_from_this<Executor> {
     });
   }
 
-  /// Waits until there is nothing to do that anybody waits for, for two seconds at most.
+  /// Waits until there is nothing to do that anybody waits for, for two seconds at most (of a
+  /// machine that has time).
   void settle() {
-    auto limit = steady_clock::now() + std::chrono::seconds(2);
-    for (auto& one : {renewals, readers, background, losses, callbacks, logs}) {
-      one->drain(limit);
-    }
+    int turns = 200;
+    for (auto& one : {renewals, readers, background, losses, callbacks, logs}) one->drain(turns);
   }
 
   bool runs_handler_here() const { return callbacks->runs_here() || losses->runs_here(); }
@@ -2428,7 +2432,8 @@ struct Executor : std::enable_shared_from_this<Executor> {
     for (auto& one : soon_over) one->join(limit);
     for (auto& one : handlers) one->join(patience, *log);
     limit = (std::max)(limit, steady_clock::now() + milliseconds(50));
-    logs->drain(limit);
+    int turns = 100;
+    logs->drain(turns, limit);
     logs->stop();
     logs->join(limit);
   }
