@@ -6559,17 +6559,17 @@ class HubSink {
   /// All events of one revision. False: after this line it wants no more until resume().
   virtual bool deliver(std::vector<WatchEvent> events) = 0;
   /// Whether it wants more by now.
-  virtual bool ready() = 0;
+  virtual bool ready() { return true; }
   /// Nothing is missing up to `revision`.
-  virtual void progress(std::int64_t revision) = 0;
+  virtual void progress(std::int64_t revision) { static_cast<void>(revision); }
   /// The watch is over: what came before `revision` is gone.
   virtual void compacted(std::int64_t revision) = 0;
   /// The watch is over: the store is another one, whose revisions mean something else.
   virtual void history_lost(std::int64_t revision) { compacted(revision); }
   /// Whether compacted() makes it read again and go on, so that it may be told in doubt, too.
   virtual bool reads_again() const { return false; }
-  /// The watch is over.
-  virtual void failed(const Error& error) = 0;
+  /// The watch is over. Who has a lease, too, is told by that.
+  virtual void failed(const Error& error) { static_cast<void>(error); }
 };
 
 /// One watch, wherever it may stand.
@@ -8061,11 +8061,9 @@ COORDINATION_API Result<void> validate_key(const std::string& key, const char* w
   while (true) {
     auto end = (std::min)(key.find('/', begin), key.size());
     std::string_view segment = std::string_view{key}.substr(begin, end - begin);
-    if (segment.empty()) {
-      return invalid(std::string("the ") + what + " \"" + key + "\" has an empty segment");
-    }
-    if (segment == "." || segment == "..") {
-      return invalid(std::string("the ") + what + " \"" + key + "\" has a relative segment");
+    if (segment.empty() || segment == "." || segment == "..") {
+      auto kind = segment.empty() ? "an empty" : "a relative";
+      return invalid(std::string("the ") + what + " \"" + key + "\" has " + kind + " segment");
     }
     if (end == key.size()) return {};
     begin = end + 1;
@@ -8201,14 +8199,11 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   // HubSink.
 
   bool deliver(std::vector<WatchEvent>) override { return lost("the key was deleted"), true; }
-  bool ready() override { return true; }
-  void progress(std::int64_t) override {}
   void compacted(std::int64_t) override {
     client->executor->run(client->executor->background, [weak = weak_from_this()] {
       if (auto self = weak.lock()) self->look_again();
     });
   }
-  void failed(const Error&) override {}  // the lease still tells
 
   /// The watch has missed something: is the key still ours?
   void look_again() {
@@ -8303,16 +8298,8 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     put.key = key;
     put.lease = (*fresh)->id;
     put.ignore_value = true;
-    Txn txn;
-    txn.when(ours).then(Op::put(put));
-    auto done = client->commit(txn, Safety::Idempotent, ctx);
-    if (done && done->succeeded) {
-      return settle_on(*fresh) ? Result<void>() : lost_error();
-    }
-    if (done) {
-      lost("the key was deleted");
-      return lost_error();
-    }
+    auto done = guarded_commit(Txn().then(Op::put(put)), ctx, Safety::Idempotent);
+    if (done) return settle_on(*fresh) ? Result<void>() : lost_error();
     // Where nobody knows whether it has moved, all of them are kept alive.
     if (done.error().outcome == Outcome::MaybeApplied) return done.error();
     remove_lease(*fresh);
@@ -8470,11 +8457,8 @@ class Contender {
         client_->leases->drop(lease_);
         continue;
       }
-      if (!queued_ || step_back(ctx)) {
-        client_->leases->give_back(lease_);
-      } else {
-        client_->leases->drop(lease_);
-      }
+      if (queued_ && !step_back(ctx)) lease_->tainted = true;
+      client_->leases->give_back(lease_);
       return make_error(ErrorCode::Conflict, name() + " is taken", cause_);
     }
     return make_error(ErrorCode::Lost, "the lease was lost before the lock was ours");
@@ -9111,13 +9095,10 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     }
     return true;
   }
-  bool ready() override { return true; }
-  void progress(std::int64_t) override {}
   void compacted(std::int64_t) override {
     hub_id_ = 0;
     check_later(milliseconds(0));
   }
-  void failed(const Error&) override {}  // the lease still tells
 
  private:
   using Event = RegistrationEvent;

@@ -595,7 +595,17 @@ TEST_CASE("lock: renewals of which nobody knows what they have done") {
   CHECK(lock.ttl().value() == 9s);
   CHECK(s.c.client().get(lock.key()).value().lease == s.etcd->leases().front());
   CHECK(lock.fencing_token() == token);
-  CHECK(lock.unlock());
+  s.etcd->drop_replies(3, kTxn);
+  CHECK_FALSE(lock.renew(20s));  // nobody knows again
+  SUBCASE("settled with the TTL that it had") {
+    CHECK(lock.renew(9s));
+    CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+    CHECK(lock.held());
+    CHECK(lock.unlock());
+  }
+  SUBCASE("unlocked") { CHECK(lock.unlock()); }
+  CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));  // that it keeps for the next
+  CHECK(s.etcd->keys().empty());
 }
 
 TEST_CASE("lock: lost on its way to another lease, it keeps nobody out") {
@@ -746,7 +756,7 @@ TEST_CASE("lock: an unlock whose answer was lost says so: the key may have gone 
   CHECK(s.etcd->keys().empty());
   auto other = s.acquire("b");
   s.cut_off("one");
-  check_code(other.unlock(Context::with_timeout(lenient(40ms))), ErrorCode::Connection);
+  check_code(other.unlock(Context::with_timeout(500ms)), ErrorCode::Connection);
   CHECK_FALSE(other.held());
   s.etcd->heal();
   CHECK(eventually([&] { return s.etcd->keys().empty(); }));
@@ -886,6 +896,10 @@ TEST_CASE("semaphore: users who disagree on the permits are told both numbers") 
     CHECK(queued(s, 1));
   }
   CHECK(s.d.lock().semaphore("a", 3).acquire(9s));
+  s.d.client().put("/semaphores/b/1234", "somebody else's").value();  // a permit is a permit
+  const auto beside = s.d.lock().semaphore("b", 2).try_acquire(9s);
+  REQUIRE_MESSAGE(beside, text_of(beside));
+  check_code(s.c.lock().semaphore("b", 2).try_acquire(9s), ErrorCode::Conflict);
 }
 
 TEST_CASE("semaphore: a release wakes those who can be next, and nobody else") {
@@ -929,6 +943,10 @@ TEST_CASE("shared: who comes does not read those who are there") {
   REQUIRE(queued(s, 103));
   CHECK_FALSE(behind.done());
   CHECK(read == 0);  // the writer is among the few that are asked for
+  for (int i = 0; i < 20; ++i) {
+    s.c.client().put("/locks/a/" + hex(0x2000 + i), "shared").value();
+  }
+  check_code(s.d.lock().try_acquire_shared("a", 9s), ErrorCode::Conflict);  // now it is not
 }
 
 // All together.
@@ -1069,13 +1087,18 @@ TEST_CASE("lock: a kept lease that is about to expire is not taken for a new one
 TEST_CASE("lock: a compaction does not end the watch of its own key") {
   Setup s;
   Notes notes;
-  auto lock = s.acquire();
+  auto options = s.options("three");
+  options.retry_config.max_attempts = 1;
+  auto c = connect_to(options);
+  auto lock = c.lock().acquire("a", 9s).value();
   lock.on_lost(notes.on_lost());
   CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
-  s.cut_off("one");
+  s.cut_off("three");
   s.d.client().remove(lock.key()).value();
   s.d.config().set("x", 1).value();
   s.etcd->compact();
+  SUBCASE("etcd can be asked") {}
+  SUBCASE("etcd cannot be asked at first") { s.etcd->fail_next(1, kTxn); }
   s.etcd->heal();
   CHECK(eventually([&] { return !lock.held(); }));
   CHECK(eventually([&] { return notes.size() == 1; }));
@@ -1085,6 +1108,8 @@ TEST_CASE("lock: keys of a queue below do not hide those of this one") {
   Setup s;
   const auto holder = s.acquire("a"), below = s.acquire("a/b");
   check_code(s.d.lock().acquire("a", 9s, Context::with_timeout(300ms)), ErrorCode::Timeout);
+  const auto deeper = s.acquire("b/c");
+  CHECK(s.d.lock().try_acquire("b", 9s));
 }
 
 TEST_CASE("lock: acquire does not return one that is lost already") {
@@ -1146,4 +1171,53 @@ TEST_CASE("lock: held() may be asked while it is renewed with other TTLs") {
     for (int i = 0; i < 20; ++i) CHECK(lock.renew(i % 2 == 0 ? 20s : 9s));
     over = true;
   }
+}
+
+TEST_CASE("lock: a place in the queue that somebody takes away and makes again is not ours") {
+  Setup s;
+  auto holder = s.acquire();
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  const auto keys = s.etcd->keys();
+  const auto& place = keys[0] == holder.key() ? keys[1] : keys[0];
+  s.tap->lose_if([](const HttpRequest& request) { return request.path == "/v3/watch"; });
+  s.etcd->cut_streams();
+  s.c.client().remove(place).value();
+  s.c.client().put(place, "somebody else").value();
+  holder.unlock().value();
+  s.tap->lose_if(nullptr);
+  REQUIRE(queued(s, 2));  // he stands behind it
+  CHECK_FALSE(waiter.done());
+  s.c.client().remove(place).value();
+  REQUIRE(waiter.wins());
+  CHECK(waiter.lock().put("k", "v"));
+}
+
+TEST_CASE("lock: a place that was asked for twice, and comes late, keeps nobody out") {
+  HttpRequest late;
+  Setup s;
+  s.tap->lose_if([&](const HttpRequest& request) {
+    if (!late.body.empty() || request.path != kTxn) return false;
+    late = request;
+    return true;
+  });
+  SUBCASE("acquire") { s.acquire().unlock().value(); }
+  SUBCASE("try_acquire") { s.c.lock().try_acquire("a", 9s).value().unlock().value(); }
+  REQUIRE_FALSE(late.body.empty());
+  CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+  static_cast<void>(s.etcd->perform(late, nullptr, {}));
+  CHECK(s.etcd->keys().empty());
+}
+
+TEST_CASE("lock: given back after a waiter has looked and before he watches, it is his at once") {
+  Setup s;
+  auto holder = s.acquire();
+  std::atomic<bool> once{false};
+  s.tap->before([&](const HttpRequest& request) {
+    bool waits = request.path == "/v3/watch" && request.endpoint == "http://two:1";
+    if (waits && !once.exchange(true)) holder.unlock().value();
+  });
+  Waiter waiter(exclusive(s.d));
+  CHECK(waiter.wins());
+  CHECK(once);
 }

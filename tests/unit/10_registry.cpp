@@ -177,6 +177,10 @@ TEST_CASE("registry: registered again, the record is replaced in one step") {
   CHECK(s.d.registry().discover("web").value().at(0) == web("w1", 3, 20s));
   s.etcd->advance(9s);
   CHECK(s.ids() == std::vector<std::string>{"w1"});
+  s.cut_off("one");
+  s.etcd->advance(10s);  // more than it had at first
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+  s.etcd->heal();
   CHECK(eventually([&] { return s.notes.size() == 3; }));  // unregister drops what was not told
   CHECK(s.c.registry().unregister("w1"));
   CHECK(next(watch) == "DELETE w1:3");
@@ -225,6 +229,49 @@ TEST_CASE("registry: it comes back after somebody has deleted it") {
   CHECK(s.ids() == std::vector<std::string>{"w1"});
   CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
   CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));
+}
+
+TEST_CASE("registry: what comes back is what it was updated to") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  CHECK(s.c.registry().update("w1", {{"state", "up"}}));
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  s.d.client().remove("/services/web/w1").value();
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  const auto found = s.d.registry().discover("web").value();
+  REQUIRE(found.size() == 1);
+  CHECK(found[0].metadata == std::map<std::string, std::string>{{"state", "up"}});
+}
+
+TEST_CASE("registry: it follows its record also after a compaction") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  s.cut_off("one");
+  s.d.config().set("x", 1).value();
+  s.d.config().set("x", 2).value();
+  s.etcd->compact();
+  const int before = s.tap->finished("/v3/kv/txn");
+  s.etcd->heal();
+  CHECK(eventually([&] { return s.tap->finished("/v3/kv/txn") > before; }));  // it has looked
+  s.d.client().remove("/services/web/w1").value();
+  CHECK(eventually([&] { return s.notes.size() == 3; }));
+  CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1", "REGISTERED w1"});
+}
+
+TEST_CASE("registry: what was unregistered is not watched any more") {
+  Notes watched;
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1")));
+  CHECK(s.c.registry().register_service(web("w2")));
+  CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
+  CHECK(s.c.registry().unregister("w1"));
+  s.tap->before([&](const HttpRequest& request) {
+    if (request.path == "/v3/watch") watched.add(request.body);
+  });
+  s.etcd->cut_streams();
+  CHECK(eventually([&] { return watched.contain("L3NlcnZpY2VzL3dlYi93Mg=="); }));  // w2
+  CHECK_FALSE(watched.contain("L3NlcnZpY2VzL3dlYi93MQ=="));                        // w1
 }
 
 TEST_CASE("registry: it comes back after an etcd that has lost its data") {
@@ -607,6 +654,22 @@ TEST_CASE("registry: what is to stay away when it is lost is not brought back by
   CHECK(s.ids().empty());
   CHECK(s.notes.lines() == std::vector<std::string>{"REGISTERED w1", "LOST w1"});
   CHECK(eventually([&] { return s.etcd->leases().empty(); }));
+}
+
+TEST_CASE("registry: of several with one id, those that are still its own are updated") {
+  Setup s;
+  for (const char* name : {"api", "web"}) {
+    CHECK(s.c.registry().register_service({"w1", name, "10.0.0.1", 80}, s.noted()));
+  }
+  std::string taken, own;
+  SUBCASE("the first was replaced") { taken = "api", own = "web"; }
+  SUBCASE("the second was replaced") { taken = "web", own = "api"; }
+  CHECK(s.d.registry().register_service({"w1", taken, "10.0.0.2", 80}));
+  CHECK(eventually([&] { return s.notes.contain("REPLACED"); }));
+  const auto updated = s.c.registry().update("w1", {{"state", "up"}});
+  REQUIRE_MESSAGE(updated, text_of(updated));
+  CHECK(s.d.registry().discover(own)->at(0).metadata.at("state") == "up");
+  CHECK(s.d.registry().discover(taken)->at(0).metadata.empty());
 }
 
 TEST_CASE("registry: an update that fails leaves the record as it is") {

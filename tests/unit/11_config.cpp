@@ -537,3 +537,16 @@ TEST_CASE("config: the right to what is under a prefix is enough") {
   check_code(c.config().list("ap"), ErrorCode::PermissionDenied);
   check_code(c.config().list(""), ErrorCode::PermissionDenied);
 }
+
+TEST_CASE("config: a write that was not done is an error, also if the same value is there") {
+  Cluster cluster;
+  auto options = cluster.options();
+  options.retry_config.max_attempts = 1;
+  auto c = connect_to(options);
+  c.config().set("k", 1).value();
+  cluster.etcd->fail_next(1, "/v3/kv/put");
+  const auto again = c.config().set("k", 1);
+  REQUIRE_FALSE(again);
+  check_code(again, ErrorCode::Connection);
+  CHECK(again.error().outcome == Outcome::NotApplied);
+}

@@ -1,6 +1,8 @@
 // Section 13: the functions over the default Coordinator.
 #include <doctest/doctest.h>
 
+#include <future>
+
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
 
@@ -106,6 +108,18 @@ TEST_CASE("globals: the first use, too, ends with its Context, and at close()") 
   CHECK(set_default_options(default_coordinator_options()));  // there is none in use any more
   CHECK(eventually([&] { return ended.load(); }));
   CHECK(stopwatch.elapsed() < lenient(250ms));
+}
+
+TEST_CASE("globals: options cannot be set while the Coordinator is being connected") {
+  Setup s;
+  std::promise<void> go;
+  s.tap->before([gone = go.get_future().share()](const HttpRequest&) { gone.wait(); });
+  Joined first([] { CHECK(default_coordinator()); });
+  CHECK(eventually([&] { return s.tap->count() > 0; }));
+  check_code(set_default_options(s.options()), ErrorCode::Conflict);
+  go.set_value();
+  first.join();
+  s.tap->before(nullptr);
 }
 
 TEST_CASE("globals: locks") {

@@ -1,5 +1,5 @@
 // error: ignoring return(ed)? value
-// times: 9
+// times: 10
 // What a handle holds is given back at once if nobody keeps the handle.
 #include "coordination.hpp"
 
@@ -14,6 +14,7 @@ void drop() {
   make<coordination::Leadership>();
   make<coordination::Lease>();
   make<coordination::Lock>();
+  make<coordination::Registration>();
   make<coordination::Semaphore>();
   make<coordination::ServiceView>();
   make<coordination::Subscription>();
