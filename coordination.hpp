@@ -386,7 +386,8 @@ class ManualClock : public Clock {
   void on_due(std::function<std::optional<time_point>()> next) override { ask(std::move(next)); }
   /// Moves time, from one thing that is due to the next, and returns when the Coordinators on this
   /// clock have done it: renewals are answered, handlers told.
-  /// Blocks: two seconds at most for what does not end (a handler, a request without an answer).
+  /// Blocks: two seconds at most for what does not end (a handler, a request without an answer);
+  ///         longer only where the machine has no time for anybody.
   void advance(milliseconds by);
 
  private:
