@@ -2768,8 +2768,9 @@ COORDINATION_API std::optional<std::string> base64_decode(std::string_view text)
 /// end; and not of very many tiny values, each of which takes a hundred bytes (etcd's own have 14
 /// letters or more). A look at the brackets is much cheaper than nlohmann's own callback.
 COORDINATION_API bool is_harmless(std::string_view text) {
-  int depth = 0;
+  const std::size_t most_values = (std::max)(kManyValues, text.size() / 8);
   std::size_t values = 0;
+  int depth = 0;
   bool in_string = false;
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
@@ -2779,15 +2780,14 @@ COORDINATION_API bool is_harmless(std::string_view text) {
     } else if (c == '"') {
       in_string = !in_string;
     } else if (!in_string && (c == '{' || c == '[')) {
-      if (++depth > kMaxDepth) return false;
-      ++values;
+      if (++depth > kMaxDepth || ++values > most_values) return false;
     } else if (!in_string && (c == '}' || c == ']')) {
       --depth;
-    } else if (!in_string && c == ',') {
-      ++values;
+    } else if (!in_string && c == ',' && ++values > most_values) {
+      return false;
     }
   }
-  return values < kManyValues || values < text.size() / 8;
+  return true;
 }
 
 /// Empty if it is no JSON, or nested too deeply.
