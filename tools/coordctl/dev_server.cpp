@@ -131,7 +131,7 @@ DevServer::DevServer(std::shared_ptr<MemoryEtcd> etcd, const std::string& host, 
   server.new_task_queue = [] { return new httplib::ThreadPool(128); };
   server.set_tcp_nodelay(true);
   server.set_keep_alive_max_count(1'000'000);
-  server.set_keep_alive_timeout(300);
+  server.set_keep_alive_timeout(2);  // so long it may take to stop, too
   // Not SO_REUSEPORT: a second server on the port shall fail.
   server.set_socket_options([](auto socket) {
     const int yes = 1;

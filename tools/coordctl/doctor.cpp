@@ -40,7 +40,7 @@ struct Symptom {
 };
 
 constexpr Symptom kSymptoms[] = {
-    {"http spoken to an https port", "write https:// before the endpoint, and give --cacert"},
+    {"an https port", "write https:// before the endpoint, and give --cacert"},
     {"gateway is off",
      "start etcd with --enable-grpc-gateway=true; or this is no etcd: is it the "
      "client port (2379), and no proxy that lets only gRPC through?"},
@@ -64,7 +64,10 @@ constexpr Symptom kSymptoms[] = {
     {"no leader",
      "a majority of the members must run and reach each other: start the others, "
      "and look at their logs"},
-    {"database space exceeded", "compact and defragment, then etcdctl alarm disarm"},
+    {"alarm:NOSPACE",
+     "compact and defragment (etcdctl compact, etcdctl defrag), or raise "
+     "--quota-backend-bytes; then etcdctl alarm disarm"},
+    {"alarm:CORRUPT", "the data of the member are damaged: replace it"},
     {"onnection refused",
      "nothing listens there: is etcd running, and does "
      "--listen-client-urls name this address?"},
@@ -144,7 +147,6 @@ class Doctor {
     look.answers = true;
     ask_status(c->client(), look);
     ask_login(c->client());
-    ask_alarms(c->client());
     ask_members(c->client());
     look_at_certificate(endpoint);
     looks_.push_back(look);
@@ -160,10 +162,9 @@ class Doctor {
     }
     if (status) {
       look.status = std::move(*status);
-      for (const auto& error : look.status.value("errors", Answer::array())) {
-        const auto text = error.is_string() ? error.get<std::string>() : "";
-        if (text.find("NOSPACE") == std::string::npos)
-          find(look.endpoint, {ErrorCode::Unavailable, text});
+      for (const auto& error : look.status.value("errors", Answer::array())) {  // alarms, too
+        const auto text = error.is_string() ? error.get<std::string>() : error.dump();
+        find(look.endpoint, {ErrorCode::Unavailable, text});
       }
     } else if (status.error().code != ErrorCode::PermissionDenied) {  // only root may ask
       find(look.endpoint, status.error());
@@ -194,18 +195,6 @@ class Doctor {
     if (!login && login.error().cause.find("is not enabled") != std::string::npos) {
       find(false, "login", "authentication is off: everybody may do everything",
            "leave --user out, or switch it on: etcdctl auth enable");
-    }
-  }
-
-  void ask_alarms(Client& client) {
-    const auto alarms = client.call("/v3/maintenance/alarm", {{"action", "GET"}}, Effect::Reads);
-    if (!alarms) return;
-    for (const auto& alarm : alarms->value("alarms", Answer::array())) {
-      const auto kind = alarm.value("alarm", "?");
-      find(true, "member " + id(alarm, "memberID"), "alarm " + kind,
-           kind == "NOSPACE" ? "compact and defragment (etcdctl compact, etcdctl defrag), or raise "
-                               "--quota-backend-bytes; then etcdctl alarm disarm"
-                             : "its data are damaged: replace the member");
     }
   }
 
