@@ -3141,12 +3141,10 @@ std::optional<std::uint64_t> decode_reply(std::string_view body, Reply& to) {
   return cluster_id(*json);
 }
 
-/// The same of any request, undecoded. Some replies have no header (of a defragmentation), but then
-/// there is nothing else in them, either.
+/// The same of any request, undecoded. Some replies have no header (alarms, a defragmentation).
 COORDINATION_API std::optional<std::uint64_t> decode_any(std::string_view body, Json& to) {
   auto json = parse(body);
   if (!json || !json->is_object()) return std::nullopt;
-  if (!json->empty() && !member(*json, "header").is_object()) return std::nullopt;
   to = std::move(*json);
   return cluster_id(to);
 }

@@ -243,7 +243,12 @@ TEST_CASE("client: any other call is sent once it may have been applied, unless 
   CHECK(etcd.count(path) == 2);
   CHECK(etcd.seen().back().request.body == "{}");
 
-  etcd.next(path, ok(R"({"members":[]})"));
+  etcd.next("/v3/maintenance/alarm", ok(R"({"alarms":[{"alarm":"NOSPACE"}]})"));  // of etcd 3.4
+  const auto alarms = client.call("/v3/maintenance/alarm", {{"action", "GET"}}, Effect::Reads);
+  REQUIRE_MESSAGE(alarms, text_of(alarms));
+  CHECK(alarms->at("alarms").size() == 1);
+
+  etcd.next(path, ok("[]"));
   check_error(client.call(path, {}), ErrorCode::Internal, Outcome::MaybeApplied);
 }
 
