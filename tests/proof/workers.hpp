@@ -339,7 +339,7 @@ class Worker {
     return done_or(office.resign(hasty ? Context::with_timeout(2ms) : brief()));
   }
   void work(const Queue& queue, HeldKey& held, const Json& in, Dice& dice) {
-    const auto end = std::chrono::steady_clock::now() + (queue.sits        ? 9s
+    const auto end = std::chrono::steady_clock::now() + (queue.sits        ? 25s
                                                          : dice.one_in(12) ? 1500ms
                                                                            : dice.between(0, 60));
     bool ours = true;
