@@ -5036,22 +5036,27 @@ class Race : public std::enable_shared_from_this<Race> {
   };
 
   Result<HttpResponse> attempt(std::size_t member) {
-    auto& timer = client_->executor->timer;
-    auto late = timer.after(lateness_, [weak = weak_from_this(), member] {
-      if (auto self = weak.lock()) self->is_late(member);
-    });
+    auto late = later(member);
     auto life = client_->members->life(member);
     auto context = join_contexts({&ctx_, &life});
     auto response =
         client_->perform(client_->request(member, *call_, token_, context), nullptr, context);
-    timer.cancel(late);
+    client_->executor->timer.cancel(late);
     return response;
+  }
+
+  Timer::Id later(std::size_t member) {
+    return client_->executor->timer.after(lateness_, [weak = weak_from_this(), member] {
+      if (auto self = weak.lock()) self->is_late(member);
+    });
   }
 
   void is_late(std::size_t member) {
     if (ctx_.done()) return;
     client_->suspect(member);
-    if (call_->safety == Safety::Write || client_->members->size() == 1) return;
+    if (client_->members->size() == 1) return;
+    // It is nobody else's: is its member found dead by the next time?
+    if (call_->safety == Safety::Write) return static_cast<void>(later(member));
     // What a leader had when it went is never answered, though its member serves all else.
     auto patience = call_->safety == Safety::Read ? milliseconds(0) : lateness_;
     auto& executor = *client_->executor;
@@ -5489,14 +5494,17 @@ COORDINATION_API void ClientState::look(std::size_t member, milliseconds patienc
   });
 }
 
-/// Slow is not dead: a member is, if it is silent while another one answers. Where none does, its
-/// streams have more patience than that, and its calls all the time that they were given.
+/// Slow is not dead: a member is, if it is silent while another one answers. Where none does it has
+/// more and more time to answer; then its streams end, and its calls have all that they were given.
 COORDINATION_API void ClientState::look_at(std::size_t member, milliseconds patience) {
-  bool serves = probe(member, patience), dead = false;
-  for (std::size_t i = 0; i < members->size() && !serves && !dead; ++i) {
-    dead = i != member && probe(i, milliseconds(1000));
+  bool serves = false, dead = false;
+  for (int round = 0; round < 3 && !serves && !dead && !open.cancelled(); ++round) {
+    serves = probe(member, patience + round * milliseconds(1000));
+    if (!serves) tell_streams(member, Sign::Doubt);
+    for (std::size_t i = 0; i < members->size() && !serves && !dead; ++i) {
+      dead = i != member && probe(i, milliseconds(1000));
+    }
   }
-  if (!serves && !dead) serves = probe(member, milliseconds(5000));
   members->end_look(member);
   if (open.cancelled()) return;
   if (!serves) member_failed(member, silent_member(Outcome::NotApplied));

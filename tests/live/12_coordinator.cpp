@@ -50,8 +50,8 @@ TEST_CASE("connect: wrong options, before any byte is sent") {
   CHECK(validate(default_coordinator_options()));
   refuse("no endpoints", [](Options& o) { o.endpoints.clear(); });
   for (const std::string bad :
-       {"", "host:", ":2379", "host:0", "host:65536", "host:text", "ftp://host:1",
-        "http://", "http://host:1/path", "ho st:1", "[::1:2379", "http://user@host:1"}) {
+       {"", "host:", ":2379", "host:0", "host:65536", "host:text", "ftp://host:1", "http://",
+        "http://host:1/path", "ho st:1", "[::1:2379", "http://user@host:1"}) {
     refuse("endpoint '" + bad + "'", [&](Options& o) { o.endpoints = {bad}; });
     refuse("a second endpoint '" + bad + "'", [&](Options& o) { o.endpoints.push_back(bad); });
   }

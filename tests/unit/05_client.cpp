@@ -897,6 +897,23 @@ TEST_CASE("members: a write is never sent twice, and ends when its member is fou
   CHECK(setup.etcd->seen(kPut).back().request.endpoint == "http://two:2379");
 }
 
+TEST_CASE("members: a write ends also where its member is found dead late") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", silence());
+  const Stopwatch watch;
+  const auto elected = ok(reply(9)), not_yet = etcd_error(503, 14, "etcdserver: no leader");
+  setup.etcd->endpoint("http://two:2379",
+                       [&](const auto& request, const auto& sink, const auto& ctx) {
+                         return (watch.elapsed() < 4s ? not_yet : elected)(request, sink, ctx);
+                       });
+  const auto put = client.put("a", "b", Context::with_timeout(lenient(12s)));
+  check_error(put, ErrorCode::Unavailable, Outcome::MaybeApplied);
+  CHECK(watch.elapsed() >= 4s);
+  CHECK(watch.elapsed() < lenient(9s));
+}
+
 TEST_CASE("members: that another cluster answers is no sign that ours is dead") {
   Setup setup;
   setup.options.endpoints = {"one:2379", "two:2379"};
