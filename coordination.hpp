@@ -10131,12 +10131,14 @@ template <class State>
 const std::shared_ptr<State>& stand_in() {
   return std::get<std::shared_ptr<State>>(process_wide<StandIns>().all);
 }
+#if !COORDINATION_HEADER_ONLY  // for the other files; where all is here it makes itself
 template const std::shared_ptr<ClientState>& stand_in<ClientState>();
 template const std::shared_ptr<CoordinatorState>& stand_in<CoordinatorState>();
 template const std::shared_ptr<LeaseState>& stand_in<LeaseState>();
 template const std::shared_ptr<OwnedKey>& stand_in<OwnedKey>();
 template const std::shared_ptr<RegistrationState>& stand_in<RegistrationState>();
 template const std::shared_ptr<ViewCore>& stand_in<ViewCore>();
+#endif
 
 }  // namespace detail
 

@@ -102,18 +102,16 @@ class RawServer {
       if (bind(listener_, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0) break;
     }
     if (listen(listener_, 16) != 0) throw std::runtime_error("cannot listen");
-    threads_.emplace_back([this] { accept_all(); });
+    acceptor_ = std::thread([this] { accept_all(); });
   }
   RawServer(const RawServer&) = delete;
   RawServer& operator=(const RawServer&) = delete;
   ~RawServer() {
     stop_ = true;
     shutdown(listener_, SHUT_RDWR);
-    threads_.front().join();
+    acceptor_.join();
     for (const int fd : fds_) shutdown(fd, SHUT_RDWR);
-    for (auto thread = std::next(threads_.begin()); thread != threads_.end(); ++thread) {
-      thread->join();
-    }
+    for (auto& thread : threads_) thread.join();
     for (const int fd : fds_) close(fd);
     close(listener_);
   }
@@ -143,7 +141,8 @@ class RawServer {
   int port_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int> connections_{0};
-  std::list<std::thread> threads_;  // the first one accepts; of its thread alone until it is joined
+  std::thread acceptor_;
+  std::list<std::thread> threads_;  // these two are its own until it is joined
   std::list<int> fds_;
 };
 
