@@ -172,6 +172,12 @@ class EtcdCluster {
     }
     members_[i]->id = unsigned_of(reply.json["member"], "ID");
     launch(*members_[i], "existing");
+    // etcd 3.7 may try for ever to publish a new member ("too many requests"), until it is
+    // restarted.
+    if (!server(i).serving(20s)) {
+      server(i).kill9();
+      server(i).launch();
+    }
     require_serving(i, 60s);
     link(i).refuse(false);
     members_[i]->learner = learner;
