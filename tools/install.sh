@@ -21,7 +21,6 @@ have() {
     libssl-dev) header openssl/ssl.h ;;
     libcli11-dev) header CLI/CLI.hpp ;;
     doctest-dev) header doctest/doctest.h ;;
-    libcli11-dev) header CLI/CLI.hpp ;;
     protobuf-compiler) command -v protoc ;;
     libprotobuf-dev) header google/protobuf/stubs/common.h ;;
     python3-venv) python3 -c 'import ensurepip' ;;
