@@ -306,9 +306,9 @@ TEST_CASE_FIXTURE(Fixture, "config: a view answers without a request, and follow
   config.set("app/a", 1).value();
   config.set("app/b", "two").value();
   config.set("app2", "elsewhere").value();
+  std::atomic<int> changes{0};  // outlives its handler
   auto view = reader.view("app").value();
   REQUIRE(wait_until([&] { return view.connected(); }, lenient(2s)));
-  std::atomic<int> changes{0};
   view.on_change([&] { ++changes; });
   counting->reset();
   CHECK(view.keys() == Keys{"app/a", "app/b"});
