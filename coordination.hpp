@@ -5308,13 +5308,13 @@ COORDINATION_API Error silent_member(Outcome outcome) {
                     "it is silent while another one answers", outcome);
 }
 
-/// What the answer of a member means, or that there was none. `ctx`: of the call, all attempts.
 COORDINATION_API bool ClientState::all_disagree_on_tls() const {
   std::size_t count = 0;
   while (count < members->size() && !transport->may_recover(members->url(count))) ++count;
   return count == members->size();
 }
 
+/// What the answer of a member means, or that there was none. `ctx`: of the call, all attempts.
 COORDINATION_API Verdict ClientState::judge(const Result<HttpResponse>& response,
                                             std::size_t member, const Context& ctx) {
   Verdict verdict;
