@@ -35,6 +35,7 @@ type ServiceInfo struct {
 var (
 	ctx    = context.Background()
 	client *clientv3.Client
+	told   = make(chan os.Signal, 1) // SIGTERM
 )
 
 func must(err error) {
@@ -58,8 +59,6 @@ func session(ttl string) *concurrency.Session {
 
 // untilTold waits for SIGTERM, or says that the lease is lost.
 func untilTold(s *concurrency.Session) {
-	told := make(chan os.Signal, 1)
-	signal.Notify(told, syscall.SIGTERM)
 	select {
 	case <-told:
 	case <-s.Done():
@@ -143,6 +142,7 @@ func discover(prefix string) {
 }
 
 func main() {
+	signal.Notify(told, syscall.SIGTERM) // before anything is said: the answer may come at once
 	var err error
 	client, err = clientv3.New(clientv3.Config{Endpoints: []string{os.Args[1]}, DialTimeout: 10 * time.Second})
 	must(err)

@@ -7,6 +7,9 @@
 'use strict';
 const { Election, Etcd3 } = require('etcd3');
 
+// Before anything is said: the answer may come at once.
+const told = new Promise((resolve) => process.on('SIGTERM', resolve));
+
 async function elect(client, prefix, value, ttl) {
   const slash = prefix.lastIndexOf('/');
   Election.prefix = prefix.slice(0, slash);
@@ -18,7 +21,6 @@ async function elect(client, prefix, value, ttl) {
   const key = await campaign.getCampaignKey();
   const found = await client.get(key).exec();
   console.log('held', key, found.kvs.length > 0 ? found.kvs[0].create_revision : 0);
-  const told = new Promise((resolve) => process.on('SIGTERM', resolve));
   campaign.on('error', () => console.log('lost'));
   const busy = setInterval(() => {}, 1000); // or else Node ends
   await told;

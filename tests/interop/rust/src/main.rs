@@ -5,7 +5,7 @@
 //   interop ENDPOINT put KEY VALUE, get KEY
 use etcd_client::{Client, Error, LockOptions, ResignOptions};
 use std::time::Duration;
-use tokio::signal::unix::{signal, SignalKind};
+use tokio::signal::unix::{signal, Signal, SignalKind};
 
 /// A lease that is kept alive as long as the program runs.
 async fn lease(client: &mut Client, ttl: i64) -> Result<i64, Error> {
@@ -19,11 +19,7 @@ async fn lease(client: &mut Client, ttl: i64) -> Result<i64, Error> {
     Ok(id)
 }
 
-async fn until_told() {
-    signal(SignalKind::terminate()).expect("a handler").recv().await;
-}
-
-async fn lock(client: &mut Client, prefix: &str, ttl: i64) -> Result<(), Error> {
+async fn lock(client: &mut Client, mut told: Signal, prefix: &str, ttl: i64) -> Result<(), Error> {
     let id = lease(client, ttl).await?;
     let options = LockOptions::new().with_lease(id);
     let held = client.lock(prefix, Some(options)).await?;
@@ -31,18 +27,24 @@ async fn lock(client: &mut Client, prefix: &str, ttl: i64) -> Result<(), Error> 
     let found = client.get(key.clone(), None).await?;
     let revision = found.kvs().first().map_or(0, |kv| kv.create_revision());
     println!("held {} {}", String::from_utf8_lossy(&key), revision);
-    until_told().await;
+    told.recv().await;
     client.unlock(key).await?;
     println!("released");
     Ok(())
 }
 
-async fn elect(client: &mut Client, prefix: &str, value: &str, ttl: i64) -> Result<(), Error> {
+async fn elect(
+    client: &mut Client,
+    mut told: Signal,
+    prefix: &str,
+    value: &str,
+    ttl: i64,
+) -> Result<(), Error> {
     let id = lease(client, ttl).await?;
     let mut won = client.campaign(prefix, value, id).await?;
     let leader = won.take_leader().expect("a leader");
     println!("held {} {}", leader.key_str().unwrap_or("?"), leader.rev());
-    until_told().await;
+    told.recv().await;
     client.resign(Some(ResignOptions::new().with_leader(leader))).await?;
     println!("released");
     Ok(())
@@ -52,11 +54,15 @@ async fn elect(client: &mut Client, prefix: &str, value: &str, ttl: i64) -> Resu
 async fn main() -> Result<(), Error> {
     let args: Vec<String> = std::env::args().collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    // Before anything is said: the answer may come at once.
+    let told = signal(SignalKind::terminate()).expect("a handler");
     let mut client = Client::connect([args[1]], None).await?;
     match args[2..] {
-        ["lock", prefix, ttl] => lock(&mut client, prefix, ttl.parse().expect("a TTL")).await?,
+        ["lock", prefix, ttl] => {
+            lock(&mut client, told, prefix, ttl.parse().expect("a TTL")).await?
+        }
         ["elect", prefix, value, ttl] => {
-            elect(&mut client, prefix, value, ttl.parse().expect("a TTL")).await?
+            elect(&mut client, told, prefix, value, ttl.parse().expect("a TTL")).await?
         }
         ["put", key, value] => {
             client.put(key, value, None).await?;
