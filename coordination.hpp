@@ -2527,6 +2527,23 @@ class Strand : public std::enable_shared_from_this<Strand> {
   bool scheduled_{false}, running_{false}, closed_{false};
 };
 
+/// One at a time, waited for under a Context.
+class Turnstile {
+ public:
+  bool enter(const Context& ctx) {
+    return gate_.wait(ctx, [this] { return !std::exchange(busy_, true); });
+  }
+  void leave() {
+    std::lock_guard<std::mutex> lock(gate_.mutex);
+    busy_ = false;
+    gate_.changed.notify_one();
+  }
+
+ private:
+  Gate gate_;
+  bool busy_{false};
+};
+
 /// Something that is lost at most once, and handlers that hear of it even if they came late.
 class LossSignal {
  public:
@@ -2572,6 +2589,50 @@ class LossSignal {
   std::vector<Handler> handlers_;
   std::optional<Error> error_;
   bool shut_{false};
+};
+
+/// Handlers that hear that something has changed, even if they came late: once for all changes
+/// since they were called last.
+class ChangeSignal {
+ public:
+  explicit ChangeSignal(std::shared_ptr<Strand> strand) : strand_(std::move(strand)) {}
+
+  void add(std::function<void()> call) {
+    if (!call) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    handlers_.push_back(std::make_shared<Handler>());
+    handlers_.back()->call = std::move(call);
+    if (changed_) tell(handlers_.back());
+  }
+  void fire() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    changed_ = true;
+    for (auto& handler : handlers_) tell(handler);
+  }
+  void close() {
+    std::vector<std::shared_ptr<Handler>> dropped;
+    std::lock_guard<std::mutex> lock(mutex_);
+    dropped.swap(handlers_);
+  }
+
+ private:
+  struct Handler {
+    std::function<void()> call;
+    std::atomic<bool> told{false};
+  };
+
+  void tell(const std::shared_ptr<Handler>& handler) {
+    if (handler->told.exchange(true)) return;
+    strand_->post([handler] {
+      handler->told = false;
+      handler->call();
+    });
+  }
+
+  std::shared_ptr<Strand> strand_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Handler>> handlers_;
+  bool changed_{false};
 };
 
 }  // namespace detail
@@ -3260,6 +3321,31 @@ std::variant<std::monostate, Line, EtcdError> decode_line(std::string_view line)
   if (error) return *error;
   return {};
 }
+
+/// The events of a watch stream, whole where etcd has cut a line in several.
+class Fragments {
+ public:
+  /// The events of a line, after what an earlier one has left over. Where the line goes on, its
+  /// last revision is held back: it may not be whole.
+  std::vector<WatchEvent> whole(WatchLine& line) {
+    if (!line.fragment && parts_.empty()) return std::move(line.events);
+    auto node = parts_.extract(line.id);
+    auto events = node ? std::move(node.mapped()) : std::vector<WatchEvent>();
+    events.insert(events.end(), std::make_move_iterator(line.events.begin()),
+                  std::make_move_iterator(line.events.end()));
+    if (!line.fragment || events.empty()) return events;
+    auto last = std::find_if(events.begin(), events.end(), [&](const WatchEvent& event) {
+      return event.revision == events.back().revision;
+    });
+    parts_[line.id].assign(std::make_move_iterator(last), std::make_move_iterator(events.end()));
+    events.erase(last, events.end());
+    return events;
+  }
+  void forget(std::int64_t watch) { parts_.erase(watch); }
+
+ private:
+  std::map<std::int64_t, std::vector<WatchEvent>> parts_;  // by watch
+};
 
 // Records.
 
@@ -4815,6 +4901,8 @@ class WatchHub;
 /// Of a member: a request was answered; one is late, or has failed; it does not answer.
 enum class Sign { Serves, Doubt, Silence };
 
+inline constexpr milliseconds kPatient{5000};  // with a slow etcd, for what we ask ourselves
+
 /// A unary request.
 struct Call {
   std::string path;
@@ -5465,6 +5553,17 @@ COORDINATION_API Result<void> ClientState::prove(const std::string& what, const 
   return refused ? Result<void>() : reply.error();  // this one key: it serves
 }
 
+/// Is there an etcd that serves us?
+COORDINATION_API Result<void> knock(ClientState& client, const Context& given) {
+  auto answer = client.prove("the first read", client.bounded(given));
+  if (answer) return {};
+  auto error = answer.error();
+  if (error.cause.find("user name is empty") != std::string::npos) {
+    error.message = "etcd demands a login: set CoordinatorOptions::username and password";
+  }
+  return error;
+}
+
 COORDINATION_API bool ClientState::identify(std::size_t member, const std::string& token,
                                             const Context& ctx) {
   auto context = join_contexts({&ctx});
@@ -5799,6 +5898,79 @@ COORDINATION_API bool is_path(std::string_view path) {
   });
 }
 
+inline constexpr std::int64_t kPage = 1000;  // keys in one answer
+
+using Records = std::pair<std::vector<KeyValue>, std::int64_t>;  // and the revision of the read
+
+COORDINATION_API Result<Records> read_pages(ClientState& client, RangeRequest request,
+                                            const Context& ctx) {
+  std::vector<KeyValue> kvs;
+  request.limit = request.range_end.empty() ? 0 : kPage;
+  while (true) {
+    auto page = client.read(request, ctx);
+    if (!page) return page.error();
+    for (auto& kv : page->kvs) kvs.push_back(std::move(kv));
+    if (request.revision == 0) request.revision = page->revision;
+    if (!page->more || kvs.empty()) return std::make_pair(std::move(kvs), request.revision);
+    request.key = kvs.back().key + '\0';
+  }
+}
+
+/// A range at one revision, in pages; once more if a compaction overtakes it.
+COORDINATION_API Result<Records> read_range(ClientState& client, const RangeRequest& request,
+                                            const Context& ctx) {
+  auto all = read_pages(client, request, ctx);
+  if (all || all.error().code != ErrorCode::Compacted) return all;
+  return read_pages(client, request, ctx);
+}
+
+/// What a destructor does with etcd: while that does not answer, all of a Coordinator's have half a
+/// second together; what close() has left of one second is its own.
+template <class Fn>
+void within_patience(ClientState& client, Fn fn) {
+  auto left = (std::max)(milliseconds(0), milliseconds(500 - client.waited));
+  auto began = steady_clock::now();
+  auto done = fn(Context::with_timeout(left));
+  if (done || !is_out_of_reach(done.error())) return;
+  auto took = std::chrono::duration_cast<milliseconds>(steady_clock::now() - began);
+  client.waited += took.count();
+}
+
+/// What was known of the store at a moment, by which it is known again when it was away: it may
+/// have come back wiped, or restored.
+struct Past {
+  std::int64_t seen{0};  // its revision
+  KeyValue known;        // was there, if its mod_revision is not 0
+  RangeRequest range;    // of it, or of whatever may be read
+};
+
+enum class History { Same, Doubtful, Another };
+
+/// Whether a key that we know still has its revision tells; and where the store is now.
+COORDINATION_API Result<std::pair<History, std::int64_t>> compare(ClientState& client,
+                                                                  const Past& past) {
+  auto range = past.range;
+  range.limit = 1;
+  range.keys_only = true;
+  auto has_it = [&](const RangeResponse& there) {
+    if (there.kvs.empty()) return false;
+    auto &found = there.kvs.front(), &known = past.known;
+    return found.mod_revision == known.mod_revision && found.version == known.version &&
+           found.create_revision == known.create_revision;
+  };
+  auto now = client.read(range, Context::with_timeout(kPatient));
+  if (!now && is_out_of_reach(now.error())) return now.error();
+  if (!now) return std::make_pair(History::Doubtful, past.seen);
+  if (now->revision < past.seen) return std::make_pair(History::Another, now->revision);
+  if (past.known.mod_revision == 0) return std::make_pair(History::Doubtful, now->revision);
+  if (has_it(*now)) return std::make_pair(History::Same, now->revision);
+  range.revision = past.known.mod_revision;  // changed since, or never there
+  auto then = client.read(range, Context::with_timeout(kPatient));
+  if (!then && is_out_of_reach(then.error())) return then.error();
+  auto history = !then ? History::Doubtful : has_it(*then) ? History::Same : History::Another;
+  return std::make_pair(history, now->revision);
+}
+
 }  // namespace detail
 
 COORDINATION_API Result<nlohmann::json> Client::call(std::string path, const nlohmann::json& body,
@@ -5824,6 +5996,12 @@ COORDINATION_API Result<nlohmann::json> Client::call(std::string path, const nlo
 // == 6. Lease ===================================================================================
 
 namespace detail {
+
+COORDINATION_API std::string lease_hex(std::int64_t lease) {
+  std::array<char, 17> text{};
+  std::snprintf(text.data(), text.size(), "%llx", static_cast<unsigned long long>(lease));
+  return text.data();
+}
 
 /// One lease. Its deadline is local and never later than etcd's: the time at which the last
 /// successful renewal was sent, plus the TTL.
@@ -6569,11 +6747,10 @@ class HubSink {
   virtual bool ready() { return true; }
   /// Nothing is missing up to `revision`.
   virtual void progress(std::int64_t revision) { static_cast<void>(revision); }
-  /// The watch is over: what came before `revision` is gone.
-  virtual void compacted(std::int64_t revision) = 0;
-  /// The watch is over: the store is another one, whose revisions mean something else.
-  virtual void history_lost(std::int64_t revision) { compacted(revision); }
-  /// Whether compacted() makes it read again and go on, so that it may be told in doubt, too.
+  /// The watch is over: what came before `revision` is gone; or the store is another one, whose
+  /// revisions mean something else.
+  virtual void cut_off(std::int64_t revision, bool another) = 0;
+  /// Whether cut_off() makes it read again and go on, so that it may be told in doubt, too.
   virtual bool reads_again() const { return false; }
   /// The watch is over. Who has a lease, too, is told by that.
   virtual void failed(const Error& error) { static_cast<void>(error); }
@@ -6609,18 +6786,18 @@ struct HubStream {
   const std::shared_ptr<Clock> clock;
   Context ctx;
   ClientState::StreamPlace place;
+  std::string body;  // of the POST
   std::unordered_map<std::int64_t, HubWatchPtr> watches;
   std::deque<HubWatchPtr> unconfirmed;  // etcd confirms, and refuses, in the order of asking
   std::vector<std::shared_ptr<HubStream>> victims;  // that it swallows when it stands
   bool swallowed{false};                            // it is one of them
   bool answered{false}, open{false};                // the first, all are confirmed
   std::atomic<bool> returns{false};  // it began with watches that no other stream carried
-  KeyValue known;                    // when it began, and the revision of then: see is_known
-  std::int64_t seen{0};
-  std::size_t dead{0};  // watches that have left, and that etcd goes on to serve
-  int looks{0};         // see is_there
+  Past past;                         // of when it began
+  std::size_t dead{0};               // watches that have left, and that etcd goes on to serve
+  int looks{0};                      // see is_there
   std::atomic<bool> over{false}, suspect{false};
-  std::map<std::int64_t, std::vector<WatchEvent>> fragments;  // by watch; its own thread's
+  wire::Fragments fragments;  // its own thread's
   const SteadyTime begun{clock->now()};
   std::atomic<SteadyTime> heard{begun};
   SteadyTime opened{};
@@ -6634,23 +6811,6 @@ struct HubStream {
   }
   /// When etcd was last heard of here.
   SteadyTime last_heard() const { return answered ? heard.load() : SteadyTime{}; }
-
-  /// The events of a line, after what an earlier one has left over. Where the line goes on, its
-  /// last revision is held back: it may not be whole.
-  std::vector<WatchEvent> whole_events(wire::WatchLine& line) {
-    if (!line.fragment && fragments.empty()) return std::move(line.events);
-    auto node = fragments.extract(line.id);
-    auto events = node ? std::move(node.mapped()) : std::vector<WatchEvent>();
-    events.insert(events.end(), std::make_move_iterator(line.events.begin()),
-                  std::make_move_iterator(line.events.end()));
-    if (!line.fragment || events.empty()) return events;
-    auto last = std::find_if(events.begin(), events.end(), [&](const WatchEvent& event) {
-      return event.revision == events.back().revision;
-    });
-    fragments[line.id].assign(std::make_move_iterator(last), std::make_move_iterator(events.end()));
-    events.erase(last, events.end());
-    return events;
-  }
 };
 
 using HubStreamPtr = std::shared_ptr<HubStream>;
@@ -6713,14 +6873,16 @@ class StreamPolicy {
   }
 
   /// Some at once; then, the more watches there are, the more a merge costs, and the longer new
-  /// ones are gathered, unless they have become many.
+  /// ones are gathered, unless they have become many, or no more come.
   SteadyTime next_opening(SteadyTime now, std::size_t watches, std::size_t waiting) const {
     if (opened_.size() < kBurst) return now;
     auto gather = milliseconds((std::min)(static_cast<std::int64_t>(watches / 4), kMostGather));
     bool are_many = waiting * 2 >= watches;
-    auto when = are_many ? opened_.back() + kPace / 4 : opened_.front() + kPace + gather;
-    return (std::max)(now, when);
+    if (are_many) return (std::max)(now, opened_.back() + kPace / 4);
+    auto gathered = (std::min)(opened_.front() + kPace + gather, asked_ + kQuiet);
+    return (std::max)({now, opened_.front() + kPace, gathered});
   }
+  void asked(SteadyTime now) { asked_ = now; }
   void opened(SteadyTime now) {
     opened_.push_back(now);
     if (opened_.size() > kBurst) opened_.pop_front();
@@ -6729,9 +6891,11 @@ class StreamPolicy {
  private:
   static constexpr std::size_t kBurst = 4;   // new streams at once, and then so many
   static constexpr milliseconds kPace{200};  //   in this time
+  static constexpr milliseconds kQuiet{100};
   static constexpr std::int64_t kMostGather{1000};
 
   std::deque<SteadyTime> opened_;  // when the last kBurst streams were
+  SteadyTime asked_{};             // when a new watch came
 };
 
 /// All watches of a Coordinator on a few streams.
@@ -6759,36 +6923,25 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     watch->id = ++last_id_;
     watch->born = breaks_;
     watches_.emplace(watch->id, watch);
+    policy_.asked(steady_clock::now());
     wait_again(watch);
-    schedule(next_opening());
+    schedule();
     return watch->id;
   }
 
-  /// A moment for a new watch to stand: events that come before it does are served by etcd's timer
-  /// of 100 ms. Not where many are being made, and not for long.
-  void settle(std::int64_t id, const Context& ctx) {
-    auto hook = ctx.on_cancel([this] {
-      std::lock_guard<std::mutex> lock(mutex_);
-      settled_.notify_all();
-    });
+  /// A moment for new watches to stand: events that come before they do are served by etcd's timer
+  /// of 100 ms. Not where many are being made.
+  void settle_few() {
     std::unique_lock<std::mutex> lock(mutex_);
-    auto stands = [&] {
-      auto it = watches_.find(id);
-      bool waits = it != watches_.end() && !it->second->confirmed && it->second->refusals == 0;
-      return !waits || ctx.done();
-    };
-    if (next_opening() > steady_clock::now() || watches_.size() > kFew) return;
-    settled_.wait_for(lock, milliseconds(50), stands);
+    auto now = steady_clock::now();
+    bool few = watches_.size() <= kFew && next_opening(now) <= now;
+    if (few) settled_.wait_for(lock, milliseconds(50), [this] { return is_settled(); });
   }
-
-  /// The same for all, before the clock is moved; for what does not end, once.
+  /// Before the clock is moved; for what does not end, once.
   void settle() {
     std::unique_lock<std::mutex> lock(mutex_);
-    stuck_ = !settled_.wait_for(lock, stuck_ ? milliseconds(0) : kPatience, [this] {
-      bool opens = open_at_ && *open_at_ <= steady_clock::now();
-      auto stands = [](const HubStreamPtr& stream) { return stream->open; };
-      return closed_ || (!opens && std::all_of(streams_.begin(), streams_.end(), stands));
-    });
+    auto limit = stuck_ ? milliseconds(0) : kPatience;
+    stuck_ = !settled_.wait_for(lock, limit, [this] { return is_settled(); });
   }
 
   void remove(std::int64_t id) {
@@ -6803,7 +6956,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     auto it = watches_.find(id);
     if (it == watches_.end() || it->second->state != State::Parked) return;
     wait_again(it->second);
-    schedule(steady_clock::now());
+    schedule();
   }
 
   bool connected(std::int64_t id) {
@@ -6890,19 +7043,22 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static constexpr milliseconds kPatience{2000};       //   and has so long to answer
   static constexpr milliseconds kBetween{1000};        // two confirmations of a stream
   static constexpr milliseconds kConfirmation{10000};  // the first one
-  static constexpr milliseconds kBudget{5000};         // for a read
   static constexpr std::size_t kFew = 100;             // watches that etcd creates in no time
   static constexpr int kMostRefusals = 6;
 
   /// Does `task` on a stream thread, where it may block.
   template <class Fn>
-  void later(milliseconds delay, Fn task) {
+  void later(SteadyTime when, Fn task) {
     auto on_thread = [weak = weak_from_this(), task] {
       auto self = weak.lock();
       auto client = self ? self->client_.lock() : nullptr;
       if (client) task(*self, *client);
     };
-    executor_->run_at(steady_clock::now() + delay, executor_->streams, on_thread);
+    executor_->run_at(when, executor_->streams, on_thread);
+  }
+  template <class Fn>
+  void later(milliseconds delay, Fn task) {
+    later(steady_clock::now() + delay, std::move(task));
   }
 
   void supervise(milliseconds delay) {
@@ -6911,37 +7067,45 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     });
   }
 
-  // Opening streams. Under the mutex, but for run() and create_body().
+  // Opening streams. Under the mutex, but for open_next() and run().
 
-  SteadyTime next_opening() const {
-    return policy_.next_opening(steady_clock::now(), watches_.size(), waiting_.size());
+  bool is_settled() const {
+    bool opens = open_at_ && *open_at_ <= steady_clock::now();
+    auto stands = [](const HubStreamPtr& stream) { return stream->open; };
+    return closed_ || (!opens && std::all_of(streams_.begin(), streams_.end(), stands));
   }
 
+  SteadyTime next_opening(SteadyTime now) const {
+    return policy_.next_opening(now, watches_.size(), waiting_.size());
+  }
+
+  void schedule() { schedule(next_opening(steady_clock::now())); }
   void schedule(SteadyTime when) {
     if (closed_ || (open_at_ && *open_at_ <= when)) return;
     open_at_ = when;
-    executor_->timer.at(when, [weak = weak_from_this(), when] {
-      auto self = weak.lock();
-      auto client = self ? self->client_.lock() : nullptr;
-      if (!client) return;
-      std::lock_guard<std::mutex> lock(self->mutex_);
-      if (!self->closed_ && self->open_at_ == when) self->open_next(client->clock);
-    });
+    later(when, [when](WatchHub& hub, ClientState& client) { hub.open_next(client, when); });
   }
 
-  void open_next(const std::shared_ptr<Clock>& clock) {
-    open_at_.reset();
-    settled_.notify_all();
-    std::vector<StreamPolicy::Stream> all;
-    for (auto& stream : streams_) all.push_back(numbers(*stream));
-    auto victims = StreamPolicy::next(all, waiting_.size(), ending_);
-    if (!victims) return;  // comes again when a stream has ended
-    auto stream = make_stream(*victims, clock);
-    policy_.opened(steady_clock::now());
-    later(milliseconds(0), [stream](WatchHub& hub, ClientState& c) { hub.run(c, stream); });
+  void open_next(ClientState& client, SteadyTime when) {
+    HubStreamPtr stream;
+    auto now = steady_clock::now();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (closed_ || open_at_ != when) return;
+      open_at_.reset();
+      settled_.notify_all();
+      if (next_opening(now) > now) return schedule();  // more have come
+      std::vector<StreamPolicy::Stream> all;
+      for (auto& other : streams_) all.push_back(numbers(*other));
+      auto victims = StreamPolicy::next(all, waiting_.size(), ending_);
+      if (!victims) return;  // comes again when a stream has ended
+      stream = make_stream(*victims, client.clock);
+      policy_.opened(now);
+      if (!std::exchange(supervised_, true)) supervise(kSilence);
+    }
     later(kBetween,
           [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); });
-    if (!std::exchange(supervised_, true)) supervise(kSilence);
+    run(client, stream);
   }
 
   bool can_move(const HubWatch& watch) const {
@@ -6957,14 +7121,19 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     return {stream.watches.size(), stream.dead, kind};
   }
 
+  /// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there
+  /// all the same. Who comes back asks for one revision more than it needs, to be told.
   HubStreamPtr make_stream(const StreamPolicy::Victims& victims, std::shared_ptr<Clock> clock) {
     auto stream = std::make_shared<HubStream>(std::move(clock));
     auto join = [&](const HubWatchPtr& watch) {
       if (!stream->watches.emplace(watch->id, watch).second) return;
       stream->unconfirmed.push_back(watch);
-      if (watch->streams == 0 && watch->confirmed) stream->returns = true;
-      ++watch->streams;
+      bool returns = watch->streams++ == 0 && watch->confirmed;
+      stream->returns = stream->returns || returns;
       watch->state = State::Open;
+      auto start = watch->next_revision.load();
+      if (returns && watch->anchored && start > 1) --start;
+      stream->body += wire::watch_body(watch->request, watch->id, start) + "\n";
     };
     for (auto& watch : std::exchange(waiting_, {})) join(watch);
     for (auto i : victims) {
@@ -6972,29 +7141,13 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       for (auto& entry : streams_[i]->watches) join(entry.second);
       stream->victims.push_back(streams_[i]);
     }
-    stream->known = witness_;
-    stream->seen = highest_;
+    auto& request = stream->watches.begin()->second->request;
+    stream->past = {highest_, witness_, {}};
+    auto& range = stream->past.range;
+    range.key = witness_.mod_revision > 0 ? witness_.key : request.key;
+    if (witness_.mod_revision == 0) range.range_end = request.range_end;
     streams_.push_back(stream);
     return stream;
-  }
-
-  /// etcd 3.4 discards a delete at the very revision of a compaction, and lets a watch begin there
-  /// all the same. Who comes back asks for one revision more than it needs, to be told.
-  std::string create_body(const HubStreamPtr& stream) {
-    std::vector<std::pair<HubWatchPtr, bool>> watches;  // and whether they come back
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (auto& watch : stream->unconfirmed) {
-        watches.emplace_back(watch, watch->confirmed && watch->streams == 1 && watch->anchored);
-      }
-    }
-    std::string body;
-    for (auto& [watch, returns] : watches) {
-      auto start = watch->next_revision.load();
-      if (returns && start > 1) --start;
-      body += wire::watch_body(watch->request, watch->id, start) + "\n";
-    }
-    return body;
   }
 
   void run(ClientState& client, const HubStreamPtr& stream) {
@@ -7005,7 +7158,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       stream->hear();
       return lines.feed(piece, line);
     };
-    auto done = client.stream("/v3/watch", create_body(stream), sink, stream->ctx, &stream->place);
+    auto done =
+        client.stream("/v3/watch", std::move(stream->body), sink, stream->ctx, &stream->place);
     if (!done) end = done.error();
     lines.finish(line);
     bool in_vain = done && !stream->open && !stream->ctx.cancelled() && !stream->place.refused;
@@ -7107,7 +7261,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       if (again) return;
     }
     bool gone = verdict.error.code == ErrorCode::Compacted;
-    end_watch(watch, [&](HubSink& sink) { gone ? sink.compacted(0) : sink.failed(verdict.error); });
+    end_watch(watch,
+              [&](HubSink& sink) { gone ? sink.cut_off(0, false) : sink.failed(verdict.error); });
   }
 
   /// What was allowed before, and is not any more, may be the token's fault: some fresh ones must
@@ -7125,7 +7280,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     if (stream->over || std::exchange(stream->open, true)) return;
     stream->opened = steady_clock::now();
     settled_.notify_all();
-    if (!waiting_.empty()) schedule(next_opening());
+    if (!waiting_.empty()) schedule();
     take_over_soon(stream);
   }
 
@@ -7140,15 +7295,15 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       if (watch->state != State::Open || watch->streams > 0) return;  // there it misses nothing
       if (watch->next_revision > line.compact_revision) {  // by now it needs nothing that is gone
         wait_again(watch);
-        return schedule(next_opening());
+        return schedule();
       }
     }
-    end_watch(watch, [&](HubSink& sink) { sink.compacted(line.compact_revision); });
+    end_watch(watch, [&](HubSink& sink) { sink.cut_off(line.compact_revision, false); });
   }
 
   void on_events(const HubStreamPtr& stream, wire::WatchLine& line) {
     auto watch = find(stream, line.id);
-    if (!watch) return static_cast<void>(stream->fragments.erase(line.id));  // it has left
+    if (!watch) return stream->fragments.forget(line.id);  // it has left
     auto sink = watch->sink.lock();
     if (!sink) return;
     bool wants_more = true;
@@ -7159,7 +7314,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
         watch->anchored = true;
         sink->progress(line.revision);
       }
-      auto events = stream->whole_events(line);
+      auto events = stream->fragments.whole(line);
       if (!events.empty() && events.back().type == EventType::Put) remember(events.back().kv);
       wants_more = pass_on(*watch, *sink, std::move(events));
     }
@@ -7216,43 +7371,17 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
         for (auto& entry : victim->watches) leave_stream(stream, entry.second, true);
       }
     }
-    schedule(next_opening());
+    schedule();
   }
 
-  /// When etcd was away it may have come back as another one: wiped, or restored. Whether a key
-  /// that we know still has its revision tells. False: it could not be asked.
+  /// When etcd was away it may have come back as another one. False: it could not be asked.
   bool is_known(ClientState& client, HubStream& stream) {
     if (!stream.returns) return true;
-    auto& known = stream.known;
-    bool knows = known.mod_revision > 0;
-    RangeRequest range;
-    range.key = known.key;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (stream.watches.empty()) return true;
-      auto& request = stream.watches.begin()->second->request;
-      if (!knows) range.key = request.key, range.range_end = request.range_end;
-    }
-    range.limit = 1;
-    range.keys_only = true;
-    auto now = client.read(range, Context::with_timeout(kBudget));
-    auto then = now;
-    auto has_it = [&] { return then && !then->kvs.empty() && is_same(then->kvs.front(), known); };
-    bool shorter = now && now->revision < stream.seen;
-    if (now && !shorter && knows && !has_it()) {  // changed since, or never there
-      range.revision = known.mod_revision;
-      then = client.read(range, Context::with_timeout(kBudget));
-    }
-    if (!then && is_out_of_reach(then.error())) return false;
+    auto now = compare(client, stream.past);
+    if (!now) return false;
     stream.returns = false;
-    bool another = shorter || (then && knows && !has_it());
-    if (another || !knows || !has_it()) begin_anew(now ? now->revision : stream.seen, another);
+    if (now->first != History::Same) begin_anew(now->second, now->first == History::Another);
     return true;
-  }
-
-  static bool is_same(const KeyValue& a, const KeyValue& b) {
-    return a.mod_revision == b.mod_revision && a.create_revision == b.create_revision &&
-           a.version == b.version;
   }
 
   /// All watches that follow the old history, of which the new one is at `revision`; in doubt those
@@ -7272,9 +7401,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       }
     }
     for (auto& watch : watches) {
-      end_watch(watch, [&](HubSink& sink) {
-        for_sure ? sink.history_lost(revision) : sink.compacted(revision);
-      });
+      end_watch(watch, [&](HubSink& sink) { sink.cut_off(revision, for_sure); });
     }
   }
 
@@ -7296,7 +7423,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     if (range.revision > highest_ || ++stream.looks > kMostLooks) return true;
     range.limit = 1;
     range.keys_only = true;
-    auto there = client.read(range, Context::with_timeout(kBudget));
+    auto there = client.read(range, Context::with_timeout(kPatient));
     return there || (there.error().code != ErrorCode::Compacted && !is_out_of_reach(there.error()));
   }
 
@@ -7311,7 +7438,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       auto carried = stream->watches;
       detach(stream);
       --ending_;
-      if (was_left) return schedule(next_opening());
+      if (was_left) return schedule();
       if (stream->open) ++breaks_;
       for (auto& other : streams_) {  // which may have taken its watches over to another history
         if (!stream->answered) break;
@@ -7365,7 +7492,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     watch->heard = (std::max)(watch->heard, stream->last_heard());
     if (served) ++stream->dead;
     if (stream->watches.empty()) return detach(stream);
-    if (stream->open && stream->dead >= stream->watches.size()) schedule(next_opening());
+    if (stream->open && stream->dead >= stream->watches.size()) schedule();
   }
 
   /// The watch leaves all streams.
@@ -7417,43 +7544,47 @@ COORDINATION_API bool ClientState::tell_streams(std::size_t member, Sign sign) {
 
 // What stands on the hub.
 
-/// Takes the events of a RangeFeed.
+/// Takes the events of a RangeFeed, and its end, for a reader or for handlers.
 class EventPort {
  public:
+  EventPort(std::shared_ptr<ClientState> c, std::string w)
+      : client(std::move(c)), what(std::move(w)) {}
   virtual ~EventPort() = default;
+
   /// False: full.
   virtual bool push(WatchEvent event) = 0;
   /// All changes up to `revision` were pushed. It goes back only where the history is another.
   virtual void moved(std::int64_t revision) { static_cast<void>(revision); }
   virtual bool ready() = 0;
-  virtual void failed(const Error& error) = 0;
-};
 
-inline constexpr std::int64_t kPage = 1000;  // keys in one answer
-
-using Records = std::pair<std::vector<KeyValue>, std::int64_t>;  // and the revision of the read
-
-COORDINATION_API Result<Records> read_pages(ClientState& client, RangeRequest request,
-                                            const Context& ctx) {
-  std::vector<KeyValue> kvs;
-  request.limit = request.range_end.empty() ? 0 : kPage;
-  while (true) {
-    auto page = client.read(request, ctx);
-    if (!page) return page.error();
-    for (auto& kv : page->kvs) kvs.push_back(std::move(kv));
-    if (request.revision == 0) request.revision = page->revision;
-    if (!page->more || kvs.empty()) return std::make_pair(std::move(kvs), request.revision);
-    request.key = kvs.back().key + '\0';
+  /// From now on there are handlers.
+  void call_handlers() {
+    auto& executor = client->executor;
+    strand =
+        std::make_shared<Strand>(executor, executor->callbacks, client->log, "that of " + what);
+    ended.emplace(strand);
   }
-}
+  /// It is over, for good. Handlers are told, unless it is by their own will.
+  void failed(const Error& error) {
+    {
+      std::lock_guard<std::mutex> lock(gate.mutex);
+      if (end) return;
+      end = error;
+      gate.changed.notify_all();
+    }
+    if (!ended || error.code == ErrorCode::Cancelled) return;
+    (*client->log)(LogLevel::Error, "a watch has ended",
+                   {{"which", what}, {"cause", to_string(error)}});
+    ended->fire(error);
+  }
 
-/// A range at one revision, in pages; once more if a compaction overtakes it.
-COORDINATION_API Result<Records> read_range(ClientState& client, const RangeRequest& request,
-                                            const Context& ctx) {
-  auto all = read_pages(client, request, ctx);
-  if (all || all.error().code != ErrorCode::Compacted) return all;
-  return read_pages(client, request, ctx);
-}
+  const std::shared_ptr<ClientState> client;
+  const std::string what;  // for texts: "a watch of <key>"
+  Gate gate;
+  std::optional<Error> end{};  // its mutex guards it
+  std::shared_ptr<Strand> strand;
+  std::optional<LossSignal> ended;
+};
 
 /// The watch of one range: raw, or live. A live one knows what is there, so that it can add the
 /// last record to a Delete and deliver the difference after a compaction.
@@ -7489,7 +7620,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       next = now->revision + 1;
     }
     join_hub(next);
-    client_->watches->settle(hub_id_, ctx);
+    client_->watches->settle_few();
     return {};
   }
   void resume() { client_->watches->resume(hub_id_); }
@@ -7538,19 +7669,22 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     revision_ = (std::max)(revision_, revision);
     if (port) port->moved(revision_);
   }
-  void compacted(std::int64_t revision) override {
-    begin_anew(revision,
-               "etcd has discarded the history up to revision " + std::to_string(revision));
-  }
   bool reads_again() const override { return mode_ != Mode::Raw; }
-  void history_lost(std::int64_t revision) override {
-    {
+  void cut_off(std::int64_t revision, bool another) override {
+    heard_at_ = client_->clock->now();
+    auto port = port_.lock();
+    if (another) {
       std::lock_guard<std::mutex> lock(mutex_);
-      all_anew_ = true;
+      for (auto& entry : known_) entry.second.mod_revision = 0;  // so nothing is the same
     }
-    if (auto port = port_.lock()) port->moved(0);
-    begin_anew(revision,
-               "etcd's store is another one, now at revision " + std::to_string(revision));
+    if (another && port) port->moved(0);
+    if (reads_again()) return resync_later(milliseconds(0));
+    std::string why = another ? "etcd's store is another one, now at revision "
+                              : "etcd has discarded the history up to revision ";
+    auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
+                            why + std::to_string(revision));
+    error.revision = revision + 1;
+    failed(error);
   }
   void failed(const Error& error) override {
     heard_at_ = client_->clock->now();
@@ -7625,17 +7759,15 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   /// what is gone. At first it is what is there, the oldest first.
   void take_in(EventPort& port, Records read, bool tell) {
     std::lock_guard<std::mutex> lock(mutex_);
-    bool first = revision_ == 0, all_anew = std::exchange(all_anew_, false);
-    auto before = std::exchange(known_, {});
+    bool first = revision_ == 0;
+    auto gone = known_;
     std::vector<WatchEvent> events;
     for (auto& kv : read.first) {
-      keep(kv);
-      auto node = before.extract(kv.key);
+      auto node = gone.extract(kv.key);
       bool same = node && node.mapped().mod_revision == kv.mod_revision &&
                   node.mapped().create_revision == kv.create_revision;
-      if (same && !all_anew) continue;
+      if (same) continue;
       WatchEvent event;
-      if (node) event.prev_kv = std::move(node.mapped());
       event.revision = kv.mod_revision;
       event.kv = std::move(kv);
       events.push_back(std::move(event));
@@ -7643,18 +7775,15 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     auto place = [first](const WatchEvent& e) { return first ? e.kv.create_revision : e.revision; };
     std::stable_sort(events.begin(), events.end(),
                      [&](const WatchEvent& a, const WatchEvent& b) { return place(a) < place(b); });
-    for (auto& gone : before) {
-      events.push_back(deleted(gone.first, read.second));
-      events.back().prev_kv = std::move(gone.second);
-    }
+    for (auto& entry : gone) events.push_back(deleted(entry.first, read.second));
     if (mode_ == Mode::ByAge) sort_by_age(events);
-    // After those that stand in a queue at first: it may be empty, and that is news, too.
-    if (mode_ == Mode::ByAge && first) events.push_back(deleted(request_.key, read.second));
     revision_ = read.second;
     heard_at_ = client_->clock->now();
     for (auto& event : events) {
-      if (tell) port.push(std::move(event));
+      if (learn(event) && tell) port.push(std::move(event));
     }
+    // After those that stand in a queue at first: it may be empty, and that is news, too.
+    if (mode_ == Mode::ByAge && first && tell) port.push(deleted(request_.key, read.second));
     port.moved(revision_);
   }
 
@@ -7664,15 +7793,6 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     event.kv.key = key;
     event.revision = event.kv.mod_revision = revision;
     return event;
-  }
-
-  void begin_anew(std::int64_t revision, std::string why) {
-    heard_at_ = client_->clock->now();
-    if (mode_ != Mode::Raw) return resync_later(milliseconds(0));
-    auto error = make_error(ErrorCode::Compacted, "events of " + request_.key + " are missing",
-                            std::move(why));
-    error.revision = revision + 1;
-    failed(error);
   }
 
   void resync_later(milliseconds delay) {
@@ -7710,8 +7830,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   mutable std::mutex mutex_;
   Known known_;
   std::int64_t revision_{0};
-  milliseconds resync_limit_{5000};  // grows, for a range that is too large for it
-  bool all_anew_{false};             // an equal revision does not mean that nothing has changed
+  milliseconds resync_limit_{kPatient};  // grows, for a range that is too large for it
   Backoff backoff_{milliseconds(100), milliseconds(2000)};
 };
 
@@ -7724,18 +7843,16 @@ class Mailbox : public EventPort,
   using Handler = std::function<void(WatchEvent)>;
 
   Mailbox(std::shared_ptr<RangeFeed> feed, std::size_t capacity)
-      : feed_(std::move(feed)), capacity_((std::max<std::size_t>)(capacity, 1)) {}
+      : EventPort(feed->client(), "a watch of " + feed->key()), feed_(std::move(feed)),
+        capacity_((std::max<std::size_t>)(capacity, 1)) {}
 
   /// Before the feed starts.
   void set_handler(Handler handler) {
-    auto& client = *feed_->client();
-    strand_ = std::make_shared<Strand>(client.executor, client.executor->callbacks, client.log,
-                                       "that of a watch of " + feed_->key());
-    ended_.emplace(strand_);
+    call_handlers();
     handler_ = std::move(handler);
   }
   void on_end(std::function<void(const Error&)> handler) override {
-    if (ended_) ended_->add(std::move(handler));
+    if (ended) ended->add(std::move(handler));
   }
 
   Result<void> start(bool include_existing, const Context& ctx) {
@@ -7743,58 +7860,48 @@ class Mailbox : public EventPort,
   }
 
   bool push(WatchEvent event) override {
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    if (end_) return false;
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    if (end) return false;
     bytes_ += size_of(event);
-    if (events_.empty() && (strand_ || readers_ > 0)) taken_at_ = steady_clock::now();
+    if (events_.empty() && (strand || readers_ > 0)) taken_at_ = steady_clock::now();
     events_.push_back(std::move(event));
-    gate_.changed.notify_one();
-    if (strand_) strand_->post([self = shared_from_this()] { self->handle_one(); });
+    gate.changed.notify_one();
+    if (strand) strand->post([self = shared_from_this()] { self->handle_one(); });
     bool is_read = steady_clock::now() - taken_at_ < kAwake && bytes_ < kSpare;
     if (events_.size() >= capacity_ && !is_read) full_ = true;
     return !full_;
   }
 
   bool ready() override {
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    return !full_ && !end_;
-  }
-
-  void failed(const Error& error) override {
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    if (end_) return;
-    end_ = error;
-    gate_.changed.notify_all();
-    if (!strand_ || error.code == ErrorCode::Cancelled) return;
-    (*feed_->client()->log)(LogLevel::Error, "a watch has ended", {{"cause", to_string(error)}});
-    ended_->fire(error);
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    return !full_ && !end;
   }
 
   Result<WatchEvent> next(const Context& ctx) {
     auto event = take();
     if (event) return std::move(*event);
-    auto& open = feed_->client()->open;
+    auto& open = client->open;
     auto both = join_contexts({&ctx, &open});
     ++readers_;
-    bool ready = gate_.wait(both, [&] { return !events_.empty() || end_; });
+    bool ready = gate.wait(both, [&] { return !events_.empty() || end; });
     --readers_;
     event = take();
     if (event) return std::move(*event);
     if (!ready) return open.cancelled() ? closed_error() : context_error(ctx, "there was no event");
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    return end_ ? *end_ : make_error(ErrorCode::Conflict, "another reader was faster");
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    return end ? *end : make_error(ErrorCode::Conflict, "another reader was faster");
   }
 
   void cancel() override {
     {
-      std::lock_guard<std::mutex> lock(gate_.mutex);
-      end_ = make_error(ErrorCode::Cancelled, "the watch was cancelled");
+      std::lock_guard<std::mutex> lock(gate.mutex);
+      end = make_error(ErrorCode::Cancelled, "the watch was cancelled");
       events_.clear();
       bytes_ = 0;
-      gate_.changed.notify_all();
+      gate.changed.notify_all();
     }
     feed_->stop();
-    if (strand_) strand_->close();
+    if (strand) strand->close();
   }
 
  private:
@@ -7810,7 +7917,7 @@ class Mailbox : public EventPort,
     std::optional<WatchEvent> event;
     bool resume = false;
     {
-      std::lock_guard<std::mutex> lock(gate_.mutex);
+      std::lock_guard<std::mutex> lock(gate.mutex);
       taken_at_ = steady_clock::now();
       if (events_.empty()) return event;
       event = std::move(events_.front());
@@ -7830,15 +7937,11 @@ class Mailbox : public EventPort,
 
   const std::shared_ptr<RangeFeed> feed_;
   const std::size_t capacity_;
-  Gate gate_;
   std::list<WatchEvent> events_;
   std::size_t bytes_{0};
   std::atomic<int> readers_{0};  // that wait
   SteadyTime taken_at_{};
-  std::optional<Error> end_;
   bool full_{false};
-  std::shared_ptr<Strand> strand_;
-  std::optional<LossSignal> ended_;
   Handler handler_;
 };
 
@@ -7904,97 +8007,6 @@ Result<Subscription> subscribe(const Result<WatchPlan<Event>>& plan,
   return Subscription(std::move(mailbox));
 }
 
-/// A live range without a queue: what is there now, and a handler that hears of changes.
-struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
-  ViewCore(std::shared_ptr<ClientState> client, WatchRequest request)
-      : feed(std::make_shared<RangeFeed>(client, std::move(request),
-                                         RangeFeed::Mode::LiveWithValues)),
-        strand(std::make_shared<Strand>(client->executor, client->executor->callbacks, client->log,
-                                        "that of a view of " + feed->key())),
-        ended(strand) {}
-
-  bool push(WatchEvent event) override {
-    stale = true;
-    std::lock_guard<std::mutex> lock(gate.mutex);
-    if (shows && !shows(event.kv.key)) return true;
-    changed = true;
-    for (auto& handler : handlers) tell(handler);
-    return true;
-  }
-  void moved(std::int64_t revision) override {
-    std::lock_guard<std::mutex> lock(gate.mutex);
-    shown = revision;
-    gate.changed.notify_all();
-  }
-  bool ready() override { return true; }
-  void failed(const Error& error) override {
-    {
-      std::lock_guard<std::mutex> lock(gate.mutex);
-      end = error;
-      gate.changed.notify_all();
-    }
-    if (error.code == ErrorCode::Cancelled) return;
-    (*feed->client()->log)(LogLevel::Error, "a view has ended", {{"cause", to_string(error)}});
-    ended.fire(error);
-  }
-  struct Handler {
-    std::function<void()> call;
-    std::atomic<bool> told{false};  // that something has changed
-  };
-  void tell(const std::shared_ptr<Handler>& handler) {
-    if (handler->told.exchange(true)) return;
-    strand->post([handler] {
-      handler->told = false;
-      handler->call();
-    });
-  }
-  void add_handler(std::function<void()> fn) {
-    if (!fn) return;
-    auto handler = std::make_shared<Handler>();
-    handler->call = std::move(fn);
-    std::lock_guard<std::mutex> lock(gate.mutex);
-    if (changed) tell(handler);
-    if (!end) handlers.push_back(std::move(handler));
-  }
-  /// What is not shown: it is not there, or nobody can tell any more.
-  Error missing(std::string what) {
-    std::lock_guard<std::mutex> lock(gate.mutex);
-    return end ? *end : make_error(ErrorCode::NotFound, std::move(what));
-  }
-  Result<void> wait_for(std::int64_t revision, const Context& ctx) {
-    auto limited = feed->client()->bounded(ctx);
-    auto both = join_contexts({&limited, &feed->client()->open});
-    gate.wait(both, [&] { return shown >= revision || end; });
-    std::lock_guard<std::mutex> lock(gate.mutex);
-    if (shown >= revision) return {};
-    if (end) return *end;
-    if (feed->client()->open.cancelled()) return closed_error();
-    return context_error(ctx, "the view does not show this revision");
-  }
-  void close() {
-    feed->stop();
-    ended.close();  // and the strand
-    std::list<std::shared_ptr<Handler>> dropped;
-    std::lock_guard<std::mutex> lock(gate.mutex);
-    dropped.swap(handlers);
-  }
-
-  std::shared_ptr<RangeFeed> feed;
-  std::shared_ptr<Strand> strand;
-  LossSignal ended;
-  Gate gate;
-  std::list<std::shared_ptr<Handler>> handlers;
-  std::int64_t shown{0};       // the revision that it stands for
-  std::optional<Error> end{};  // why it stands still
-  bool changed{false};         // since it was made
-  std::string prefix{};        // of the keys, taken off before they are shown
-  std::function<bool(const std::string&)> shows{};
-  std::atomic<std::uint64_t> turn{0};  // of the round robin
-  std::mutex decoding;                 // taken before the feed's; guards `decoded`
-  bool stale{true};                    // `decoded` is; the feed's mutex guards it
-  std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
-};
-
 COORDINATION_API Result<WatchPlan<WatchEvent>> raw_plan(std::shared_ptr<ClientState> client,
                                                         WatchRequest request) {
   if (request.key.empty() && request.range_end.empty()) return empty_key();
@@ -8050,18 +8062,6 @@ struct CoordinatorState {
   }
 };
 
-/// What a destructor does with etcd: while that does not answer, all of a Coordinator's have half a
-/// second together; what close() has left of one second is its own.
-template <class Fn>
-void within_patience(ClientState& client, Fn fn) {
-  auto left = (std::max)(milliseconds(0), milliseconds(500 - client.waited));
-  auto began = steady_clock::now();
-  auto done = fn(Context::with_timeout(left));
-  if (done || !is_out_of_reach(done.error())) return;
-  auto took = std::chrono::duration_cast<milliseconds>(steady_clock::now() - began);
-  client.waited += took.count();
-}
-
 /// A key is segments joined by '/': none empty, none that a path would resolve.
 COORDINATION_API Result<void> validate_key(const std::string& key, const char* what) {
   std::size_t begin = 0;
@@ -8076,29 +8076,6 @@ COORDINATION_API Result<void> validate_key(const std::string& key, const char* w
     begin = end + 1;
   }
 }
-
-COORDINATION_API std::string lease_hex(std::int64_t lease) {
-  std::array<char, 17> text{};
-  std::snprintf(text.data(), text.size(), "%llx", static_cast<unsigned long long>(lease));
-  return text.data();
-}
-
-/// One at a time, waited for under a Context.
-class Turnstile {
- public:
-  bool enter(const Context& ctx) {
-    return gate_.wait(ctx, [this] { return !std::exchange(busy_, true); });
-  }
-  void leave() {
-    std::lock_guard<std::mutex> lock(gate_.mutex);
-    busy_ = false;
-    gate_.changed.notify_one();
-  }
-
- private:
-  Gate gate_;
-  bool busy_{false};
-};
 
 /// A key that is ours as long as its lease lives and nobody deletes it: a lock or an office.
 /// Reports its loss once.
@@ -8125,7 +8102,6 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
 
   /// A key that is soon given back is not worth a watch.
   static constexpr milliseconds kWatchAfter{250};
-  static constexpr milliseconds kPatient{5000};  // with a slow etcd
 
   LeasePtr present_lease() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -8206,7 +8182,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
   // HubSink.
 
   bool deliver(std::vector<WatchEvent>) override { return lost("the key was deleted"), true; }
-  void compacted(std::int64_t) override {
+  void cut_off(std::int64_t, bool) override {
     client->executor->run(client->executor->background, [weak = weak_from_this()] {
       if (auto self = weak.lock()) self->look_again();
     });
@@ -8221,7 +8197,7 @@ struct OwnedKey : HubSink, std::enable_shared_from_this<OwnedKey> {
     if (now && now->succeeded) return watch_from(now->revision + 1);
     if (now) return lost("the key was deleted");
     client->executor->timer.after(milliseconds(500), [weak = weak_from_this()] {
-      if (auto self = weak.lock()) self->compacted(0);
+      if (auto self = weak.lock()) self->cut_off(0, false);
     });
   }
 
@@ -9102,7 +9078,7 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     }
     return true;
   }
-  void compacted(std::int64_t) override {
+  void cut_off(std::int64_t, bool) override {
     hub_id_ = 0;
     check_later(milliseconds(0));
   }
@@ -9408,6 +9384,59 @@ COORDINATION_API Result<WatchPlan<ServiceEvent>> services_plan(const Coordinator
   return plan;
 }
 
+/// A live range without a queue: what is there now, and a handler that hears of changes.
+struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
+  ViewCore(const std::shared_ptr<ClientState>& c, const WatchRequest& request)
+      : EventPort(c, "a view of " + request.key),
+        feed(std::make_shared<RangeFeed>(c, request, RangeFeed::Mode::LiveWithValues)) {
+    call_handlers();
+    changes.emplace(strand);
+  }
+
+  bool push(WatchEvent event) override {
+    stale = true;
+    if (!shows || shows(event.kv.key)) changes->fire();
+    return true;
+  }
+  void moved(std::int64_t revision) override {
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    shown = revision;
+    gate.changed.notify_all();
+  }
+  bool ready() override { return true; }
+
+  /// What is not shown: it is not there, or nobody can tell any more.
+  Error missing(std::string text) {
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    return end ? *end : make_error(ErrorCode::NotFound, std::move(text));
+  }
+  Result<void> wait_for(std::int64_t revision, const Context& ctx) {
+    auto limited = client->bounded(ctx);
+    auto both = join_contexts({&limited, &client->open});
+    gate.wait(both, [&] { return shown >= revision || end; });
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    if (shown >= revision) return {};
+    if (end) return *end;
+    if (client->open.cancelled()) return closed_error();
+    return context_error(ctx, "the view does not show this revision");
+  }
+  void close() {
+    feed->stop();
+    ended->close();  // and the strand
+    changes->close();
+  }
+
+  std::shared_ptr<RangeFeed> feed;
+  std::optional<ChangeSignal> changes;
+  std::int64_t shown{0};  // the revision that it stands for
+  std::string prefix{};   // of the keys, taken off before they are shown
+  std::function<bool(const std::string&)> shows{};
+  std::atomic<std::uint64_t> turn{0};  // of the round robin
+  std::mutex decoding;                 // taken before the feed's; guards `decoded`
+  bool stale{true};                    // `decoded` is; the feed's mutex guards it
+  std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
+};
+
 template <class View>
 Result<View> open_view(const CoordinatorState& state, WatchRequest request, std::string prefix,
                        std::function<bool(const std::string&)> shows, const Context& ctx) {
@@ -9572,10 +9601,10 @@ COORDINATION_API std::int64_t LiveView::revision() const {
 COORDINATION_API bool LiveView::connected() const { return core_->feed->connected(); }
 COORDINATION_API milliseconds LiveView::age() const { return core_->feed->age(); }
 COORDINATION_API void LiveView::on_end(std::function<void(const Error&)> handler) {
-  core_->ended.add(std::move(handler));
+  core_->ended->add(std::move(handler));
 }
 COORDINATION_API void LiveView::on_change(std::function<void()> handler) {
-  core_->add_handler(std::move(handler));
+  core_->changes->add(std::move(handler));
 }
 
 // == 11. Config =================================================================================
@@ -10022,17 +10051,6 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
   return client;
 }
 
-/// Is there an etcd that serves us?
-COORDINATION_API Result<void> knock(ClientState& client, const Context& given) {
-  auto answer = client.prove("the first read", client.bounded(given));
-  if (answer) return {};
-  auto error = answer.error();
-  if (error.cause.find("user name is empty") != std::string::npos) {
-    error.message = "etcd demands a login: set CoordinatorOptions::username and password";
-  }
-  return error;
-}
-
 /// True for the first; the others wait for it, unless it may be waiting for them.
 COORDINATION_API bool begin_close(CoordinatorState& state, SteadyTime patience) {
   auto& client = *state.client;
@@ -10122,7 +10140,7 @@ struct StandIns {
     view->shows = [](const std::string&) { return false; };
     lease->loss.shut();
     owned->loss.shut();
-    view->ended.shut();
+    view->ended->shut();
     all = {client, coordinator, lease, owned, registration, view};
   }
 };

@@ -89,9 +89,15 @@ TEST_CASE("streams: some at once, then gathered, unless many have come") {
     CHECK(policy.next_opening(now, 1000, 1) == now);
     policy.opened(now);
   }
+  policy.asked(now + 2s);  // they come all the time
   CHECK(policy.next_opening(now, 1000, 1) == now + 200ms + 250ms);
   CHECK(policy.next_opening(now, 100000, 1) == now + 200ms + 1000ms);
   CHECK(policy.next_opening(now, 1000, 400) == now + 200ms + 250ms);
+  CHECK(policy.next_opening(now + 1s, 1000, 1) == now + 1s);
+  policy.asked(now);  // and then no more
+  CHECK(policy.next_opening(now, 1000, 1) == now + 200ms);
+  policy.asked(now + 180ms);
+  CHECK(policy.next_opening(now, 1000, 1) == now + 280ms);
   CHECK(policy.next_opening(now, 1000, 500) == now + 50ms);
   CHECK(policy.next_opening(now + 1s, 1000, 1) == now + 1s);
 }
