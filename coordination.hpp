@@ -4959,6 +4959,12 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
                                Safety::Read, !request.serializable},
                               ctx);
   }
+  /// Whether there is something: a key, without its value.
+  Result<RangeResponse> peek(RangeRequest range, const Context& ctx) {
+    range.limit = 1;
+    range.keys_only = true;
+    return read(range, ctx);
+  }
   Result<PutResponse> put(const PutRequest& request, const Context& ctx) {
     return ask<PutResponse>(
         {"/v3/kv/put", "the put of " + request.key, wire::body(request), Safety::Write}, ctx);
@@ -4986,6 +4992,16 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   };
   /// What an error in a stream means; draws the conclusions for member and token.
   Verdict refused(StreamPlace& place, const wire::EtcdError& error);
+  /// A line of a stream, or why the stream is of no more use: that is concluded, too.
+  template <class Line>
+  Result<Line> read_line(StreamPlace& place, std::string_view text) {
+    auto decoded = wire::decode_line<Line>(text);
+    if (auto* error = std::get_if<wire::EtcdError>(&decoded)) return refused(place, *error).error;
+    auto* line = std::get_if<Line>(&decoded);
+    if (!line) return not_etcd(members->url(place.member), text);  // half a line, or no etcd
+    if (!belongs(place.member, line->cluster)) return foreign(place.member).error;
+    return std::move(*line);
+  }
 
   /// A call of several requests has one time limit.
   Context bounded(const Context& ctx) const {
@@ -5944,28 +5960,55 @@ struct Past {
   RangeRequest range;    // of it, or of whatever may be read
 };
 
+/// Remembers it.
+class Witness {
+ public:
+  void see(std::int64_t revision) { raise_to(seen_, revision); }
+  std::int64_t seen() const { return seen_; }
+  void remember(const KeyValue& kv) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (kv.mod_revision <= known_.mod_revision) return;
+    known_ = {kv.key, {}, kv.create_revision, kv.mod_revision, kv.version, kv.lease};
+  }
+  /// The store is another one now.
+  void forget(std::int64_t revision) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    known_ = {};
+    seen_ = revision;
+  }
+  /// `range` is what can be read where no key is known.
+  Past past(RangeRequest range) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (known_.mod_revision > 0) range.key = known_.key, range.range_end.clear();
+    return {seen_, known_, std::move(range)};
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  KeyValue known_;  // the last one
+  std::atomic<std::int64_t> seen_{0};
+};
+
 enum class History { Same, Doubtful, Another };
 
 /// Whether a key that we know still has its revision tells; and where the store is now.
 COORDINATION_API Result<std::pair<History, std::int64_t>> compare(ClientState& client,
                                                                   const Past& past) {
-  auto range = past.range;
-  range.limit = 1;
-  range.keys_only = true;
   auto has_it = [&](const RangeResponse& there) {
     if (there.kvs.empty()) return false;
     auto &found = there.kvs.front(), &known = past.known;
     return found.mod_revision == known.mod_revision && found.version == known.version &&
            found.create_revision == known.create_revision;
   };
-  auto now = client.read(range, Context::with_timeout(kPatient));
+  auto now = client.peek(past.range, Context::with_timeout(kPatient));
   if (!now && is_out_of_reach(now.error())) return now.error();
   if (!now) return std::make_pair(History::Doubtful, past.seen);
   if (now->revision < past.seen) return std::make_pair(History::Another, now->revision);
   if (past.known.mod_revision == 0) return std::make_pair(History::Doubtful, now->revision);
   if (has_it(*now)) return std::make_pair(History::Same, now->revision);
-  range.revision = past.known.mod_revision;  // changed since, or never there
-  auto then = client.read(range, Context::with_timeout(kPatient));
+  auto range = past.range;  // it was changed since, or was never there
+  range.revision = past.known.mod_revision;
+  auto then = client.peek(range, Context::with_timeout(kPatient));
   if (!then && is_out_of_reach(then.error())) return then.error();
   auto history = !then ? History::Doubtful : has_it(*then) ? History::Same : History::Another;
   return std::make_pair(history, now->revision);
@@ -6433,12 +6476,9 @@ COORDINATION_API std::vector<LeasePtr> LeaseKeeper::renew_once(ClientState& clie
   place.refused = false;
   Error refusal = make_error(ErrorCode::Unavailable, "no answer for some");
   auto line = [&](std::string_view text) {
-    auto decoded = wire::decode_line<wire::LeaseReply>(text);
-    auto* error = std::get_if<wire::EtcdError>(&decoded);
-    if (error) refusal = client.refused(place, *error).error;
-    auto* reply = std::get_if<wire::LeaseReply>(&decoded);
-    if (reply && !client.belongs(place.member, reply->cluster)) return false;
-    auto it = reply ? waiting.find(reply->id) : waiting.end();
+    auto reply = client.read_line<wire::LeaseReply>(place, text);
+    if (!reply) return refusal = reply.error(), false;
+    auto it = waiting.find(reply->id);
     if (it == waiting.end()) return true;
     answered(it->second, sent, reply->ttl);
     waiting.erase(it);
@@ -6756,6 +6796,10 @@ class HubSink {
   virtual void failed(const Error& error) { static_cast<void>(error); }
 };
 
+COORDINATION_API RangeRequest range_of(const WatchRequest& watch) {
+  return {watch.key, watch.range_end};
+}
+
 /// One watch, wherever it may stand.
 struct HubWatch {
   enum class State { Waiting, Open, Parked, Over };
@@ -6838,12 +6882,13 @@ class StreamPolicy {
   /// The victims of the next stream, if there is to be one, beside those that are ending.
   static std::optional<Victims> next(const std::vector<Stream>& streams, std::size_t waiting,
                                      std::size_t ending) {
-    std::size_t stuck = 0, total = waiting, size = waiting;
+    std::size_t stuck = 0, busy = ending, total = waiting, size = waiting;
     Victims victims, candidates;
     for (std::size_t i = 0; i < streams.size(); ++i) {
       auto& stream = streams[i];
       total += stream.living;
       if (stream.kind == Kind::Stuck) ++stuck;
+      if (stream.kind == Kind::Busy) ++busy;
       if (stream.kind != Kind::Movable) continue;
       bool wasteful = stream.dead > 0 && stream.dead >= stream.living;
       (wasteful ? victims : candidates).push_back(i);
@@ -6852,9 +6897,7 @@ class StreamPolicy {
     auto steady = (std::max)(kMaxStreams - 1, stuck + 1);
     auto fits = [&] { return streams.size() - victims.size() + 1 <= steady; };
     // One may be above, while others are merged into it; where none is under way, always one more.
-    auto busy = [](const Stream& stream) { return stream.kind == Kind::Busy; };
-    bool waits = ending > 0 || std::any_of(streams.begin(), streams.end(), busy);
-    auto most = (std::min)(waits ? steady + 1 : kUtmostStreams, kUtmostStreams);
+    auto most = busy > 0 ? (std::min)(steady + 1, kUtmostStreams) : kUtmostStreams;
     if (streams.size() + ending >= most) return std::nullopt;
     if (waiting == 0) candidates.clear();
     std::sort(candidates.begin(), candidates.end(),
@@ -6916,8 +6959,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     watch->sink = std::move(sink);
     watch->next_revision = next_revision;
     watch->anchored = anchored;
-    if (anchored && next_revision - 1 < highest_) watch->born_below = highest_;
-    if (anchored) raise_to(highest_, next_revision - 1);
+    if (anchored && next_revision <= witness_.seen()) watch->born_below = witness_.seen();
+    if (anchored) witness_.see(next_revision - 1);
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) return 0;
     watch->id = ++last_id_;
@@ -6978,12 +7021,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     return last;
   }
 
-  /// This is in the store; by it the store is known again.
-  void remember(const KeyValue& kv) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (kv.mod_revision <= witness_.mod_revision) return;
-    witness_ = {kv.key, {}, kv.create_revision, kv.mod_revision, kv.version, kv.lease};
-  }
+  /// By what is in the store it is known again.
+  void remember(const KeyValue& kv) { witness_.remember(kv); }
 
   /// False: it has no streams.
   bool hear_of(std::size_t member, Sign sign) {
@@ -7047,18 +7086,14 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   static constexpr int kMostRefusals = 6;
 
   /// Does `task` on a stream thread, where it may block.
-  template <class Fn>
-  void later(SteadyTime when, Fn task) {
-    auto on_thread = [weak = weak_from_this(), task] {
+  template <class Task, class Arg>
+  void later(steady_clock::duration delay, Task task, Arg arg) {
+    auto on_thread = [weak = weak_from_this(), task, arg] {
       auto self = weak.lock();
       auto client = self ? self->client_.lock() : nullptr;
-      if (client) task(*self, *client);
+      if (client) ((*self).*task)(*client, arg);
     };
-    executor_->run_at(when, executor_->streams, on_thread);
-  }
-  template <class Fn>
-  void later(milliseconds delay, Fn task) {
-    later(steady_clock::now() + delay, std::move(task));
+    executor_->run_at(steady_clock::now() + delay, executor_->streams, on_thread);
   }
 
   void supervise(milliseconds delay) {
@@ -7083,7 +7118,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   void schedule(SteadyTime when) {
     if (closed_ || (open_at_ && *open_at_ <= when)) return;
     open_at_ = when;
-    later(when, [when](WatchHub& hub, ClientState& client) { hub.open_next(client, when); });
+    later(when - steady_clock::now(), &WatchHub::open_next, when);
   }
 
   void open_next(ClientState& client, SteadyTime when) {
@@ -7103,8 +7138,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       policy_.opened(now);
       if (!std::exchange(supervised_, true)) supervise(kSilence);
     }
-    later(kBetween,
-          [stream](WatchHub& hub, ClientState& c) { hub.check_confirmations(c, stream); });
+    later(kBetween, &WatchHub::check_confirmations, stream);
     run(client, stream);
   }
 
@@ -7141,11 +7175,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       for (auto& entry : streams_[i]->watches) join(entry.second);
       stream->victims.push_back(streams_[i]);
     }
-    auto& request = stream->watches.begin()->second->request;
-    stream->past = {highest_, witness_, {}};
-    auto& range = stream->past.range;
-    range.key = witness_.mod_revision > 0 ? witness_.key : request.key;
-    if (witness_.mod_revision == 0) range.range_end = request.range_end;
+    stream->past = witness_.past(range_of(stream->watches.begin()->second->request));
     streams_.push_back(stream);
     return stream;
   }
@@ -7175,14 +7205,9 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       if (stream->over || stream->open) return;
       bool stopped = stream->answered && stream->silence() >= kBetween;
       if (!stopped && stream->clock->now() - stream->begun <= kConfirmation) {
-        return later(kLookAgain, [stream](WatchHub& hub, ClientState& c) {
-          hub.check_confirmations(c, stream);
-        });
+        return later(kLookAgain, &WatchHub::check_confirmations, stream);
       }
-      for (auto& watch : std::exchange(stream->unconfirmed, {})) {
-        leave_stream(stream, watch, true);
-        if (watch->streams == 0 && watch->state == State::Open) wait_again(watch);
-      }
+      for (auto& watch : std::exchange(stream->unconfirmed, {})) leave_stream(stream, watch, true);
       schedule(steady_clock::now() + backoff_.next());
     }
     if (stream->answered) client.pads_bodies = true;
@@ -7195,20 +7220,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
 
   /// False: the stream is of no more use.
   bool on_line(ClientState& client, const HubStreamPtr& stream, std::string_view text, Error& end) {
-    auto decoded = wire::decode_line<wire::WatchLine>(text);
-    if (auto* error = std::get_if<wire::EtcdError>(&decoded)) {
-      end = client.refused(stream->place, *error).error;
-      return false;
-    }
-    auto* line = std::get_if<wire::WatchLine>(&decoded);
-    if (!line) {
-      end = not_etcd(client.members->url(stream->place.member), text);
-      return false;  // half a line, or no etcd
-    }
-    if (line->created && !client.belongs(stream->place.member, line->cluster)) {
-      end = client.foreign(stream->place.member).error;
-      return false;
-    }
+    auto line = client.read_line<wire::WatchLine>(stream->place, text);
+    if (!line) return end = line.error(), false;
     if (line->created) {
       on_created(client, stream, *line);
     } else if (line->canceled) {
@@ -7216,7 +7229,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     } else {
       on_events(stream, *line);
     }
-    raise_to(highest_, line->revision);
+    witness_.see(line->revision);
     return true;
   }
 
@@ -7230,7 +7243,6 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       stream->unconfirmed.pop_front();
       all = stream->unconfirmed.empty();
       stream->answered = true;
-      settled_.notify_all();
       if (line.revision >= watch->born_below) watch->born_below = 0;
       if (!line.canceled) {
         watch->confirmed = true;
@@ -7256,7 +7268,6 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       bool again = tries_again(*watch, verdict, logs_in);
       watch->stays = watch->streams > 0 && !again;
       if (watch->streams > 0) return;
-      if (again) wait_again(watch);
       if (again && !open_at_) schedule(steady_clock::now() + backoff_.next());
       if (again) return;
     }
@@ -7292,11 +7303,8 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
       std::lock_guard<std::mutex> lock(mutex_);
       compacted_ = (std::max)(compacted_, line.compact_revision);
       leave_stream(stream, watch, false);
-      if (watch->state != State::Open || watch->streams > 0) return;  // there it misses nothing
-      if (watch->next_revision > line.compact_revision) {  // by now it needs nothing that is gone
-        wait_again(watch);
-        return schedule();
-      }
+      if (watch->streams > 0) return;  // there it misses nothing
+      if (watch->next_revision > line.compact_revision) return schedule();  // nor does it by now
     }
     end_watch(watch, [&](HubSink& sink) { sink.cut_off(line.compact_revision, false); });
   }
@@ -7306,19 +7314,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     if (!watch) return stream->fragments.forget(line.id);  // it has left
     auto sink = watch->sink.lock();
     if (!sink) return;
-    bool wants_more = true;
-    {
-      std::lock_guard<std::mutex> lock(watch->delivering);
-      if (line.events.empty() && line.revision >= watch->next_revision) {
-        watch->next_revision = line.revision + 1;
-        watch->anchored = true;
-        sink->progress(line.revision);
-      }
-      auto events = stream->fragments.whole(line);
-      if (!events.empty() && events.back().type == EventType::Put) remember(events.back().kv);
-      wants_more = pass_on(*watch, *sink, std::move(events));
-    }
-    if (wants_more) return;
+    if (pass_on(*watch, *sink, line, stream->fragments)) return;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (watch->state != State::Open && watch->state != State::Waiting) return;
@@ -7328,7 +7324,15 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   }
 
   /// Gives the sink what it has not had yet, revision by revision; false when it wants no more.
-  static bool pass_on(HubWatch& watch, HubSink& sink, std::vector<WatchEvent> events) {
+  bool pass_on(HubWatch& watch, HubSink& sink, wire::WatchLine& line, wire::Fragments& fragments) {
+    std::lock_guard<std::mutex> lock(watch.delivering);
+    if (line.events.empty() && line.revision >= watch.next_revision) {
+      watch.next_revision = line.revision + 1;
+      watch.anchored = true;
+      sink.progress(line.revision);
+    }
+    auto events = fragments.whole(line);
+    if (!events.empty() && events.back().type == EventType::Put) remember(events.back().kv);
     bool wants_more = true;
     for (auto it = events.begin(); it != events.end();) {
       auto revision = it->revision;
@@ -7352,9 +7356,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
 
   // Taking over.
 
-  void take_over_soon(const HubStreamPtr& stream) {
-    later(kLinger, [stream](WatchHub& hub, ClientState& c) { hub.take_over(c, stream); });
-  }
+  void take_over_soon(const HubStreamPtr& stream) { later(kLinger, &WatchHub::take_over, stream); }
 
   /// A stream that stands: the streams that it swallows end. Each one wholly or not at all: one
   /// that must be kept for some of its watches keeps them all.
@@ -7390,7 +7392,7 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
     std::vector<HubWatchPtr> watches;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (for_sure) witness_ = {}, compacted_ = 0, highest_ = revision;
+      if (for_sure) witness_.forget(revision), compacted_ = 0;
       for (auto& entry : watches_) {
         auto& watch = *entry.second;
         auto sink = watch.sink.lock();
@@ -7409,21 +7411,20 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   /// about to cancel them. False: not known yet.
   bool is_there(ClientState& client, HubStream& stream) {
     RangeRequest range;
+    const auto now = witness_.seen();
+    range.revision = now + 1;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      range.revision = highest_ + 1;
       for (auto& entry : stream.watches) {
         auto& watch = *entry.second;
-        if (watch.streams < 2 || !can_move(watch) || watch.next_revision >= range.revision)
-          continue;
+        bool sooner = watch.next_revision < range.revision;
+        if (watch.streams < 2 || !can_move(watch) || !sooner) continue;
         range.revision = watch.next_revision;
         range.key = watch.request.key;
       }
     }
-    if (range.revision > highest_ || ++stream.looks > kMostLooks) return true;
-    range.limit = 1;
-    range.keys_only = true;
-    auto there = client.read(range, Context::with_timeout(kPatient));
+    if (range.revision > now || ++stream.looks > kMostLooks) return true;
+    auto there = client.peek(range, Context::with_timeout(kPatient));
     return there || (there.error().code != ErrorCode::Compacted && !is_out_of_reach(there.error()));
   }
 
@@ -7465,18 +7466,14 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
 
   // The rest is called under the mutex, but for end_watch().
 
-  /// Takes the stream out; watches that no other carries wait for the next.
+  /// Takes the stream out.
   void detach(const HubStreamPtr& stream) {
     if (stream->over.exchange(true)) return;
     ++ending_;
     streams_.erase(std::remove(streams_.begin(), streams_.end(), stream), streams_.end());
     settled_.notify_all();
     for (auto& victim : std::exchange(stream->victims, {})) victim->swallowed = false;
-    for (auto& entry : std::exchange(stream->watches, {})) {
-      auto& watch = entry.second;
-      watch->heard = (std::max)(watch->heard, stream->last_heard());
-      if (--watch->streams == 0 && watch->state == State::Open) wait_again(watch);
-    }
+    for (auto& entry : std::exchange(stream->watches, {})) has_left(*stream, entry.second);
     cancel(*stream);
   }
 
@@ -7488,11 +7485,16 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   /// The watch leaves a stream, which ends when it has none left.
   void leave_stream(const HubStreamPtr& stream, const HubWatchPtr& watch, bool served) {
     if (stream->watches.erase(watch->id) == 0) return;
-    --watch->streams;
-    watch->heard = (std::max)(watch->heard, stream->last_heard());
+    has_left(*stream, watch);
     if (served) ++stream->dead;
     if (stream->watches.empty()) return detach(stream);
     if (stream->open && stream->dead >= stream->watches.size()) schedule();
+  }
+
+  /// It waits for another stream, if no other carries it.
+  void has_left(const HubStream& stream, const HubWatchPtr& watch) {
+    watch->heard = (std::max)(watch->heard, stream.last_heard());
+    if (--watch->streams == 0 && watch->state == State::Open) wait_again(watch);
   }
 
   /// The watch leaves all streams.
@@ -7529,11 +7531,10 @@ class WatchHub : public std::enable_shared_from_this<WatchHub> {
   std::int64_t last_id_{0};
   StreamPolicy policy_;
   std::optional<SteadyTime> open_at_;
-  std::atomic<std::int64_t> highest_{0};  // revision that etcd has told of
-  std::int64_t compacted_{0};             // the history begins here, as far as we know
-  KeyValue witness_;                      // the last key that we know
-  std::uint64_t breaks_{0};               // of streams
-  int short_lives_{0};                    // of streams, one after the other
+  std::int64_t compacted_{0};  // the history begins here, as far as we know
+  Witness witness_;
+  std::uint64_t breaks_{0};  // of streams
+  int short_lives_{0};       // of streams, one after the other
   Backoff backoff_{milliseconds(20), milliseconds(1000)};
   bool supervised_{false}, stuck_{false}, closed_{false};
 };
@@ -7611,10 +7612,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       next = all->second + 1;
       take_in(*port, std::move(*all), include_existing);
     } else if (next == 0) {
-      auto range = whole();
-      range.limit = 1;
-      range.keys_only = true;
-      auto now = client_->read(range, ctx);
+      auto now = client_->peek(range_of(request_), ctx);
       if (!now) return now.error();
       if (!now->kvs.empty()) client_->watches->remember(now->kvs.front());
       next = now->revision + 1;
@@ -7650,12 +7648,8 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     // A stream that was left may still have a line; what was read anew has it already.
     if (mode_ != Mode::Raw && events.front().revision <= revision_) return true;
     revision_ = (std::max)(revision_, events.front().revision);
-    if (mode_ == Mode::ByAge && events.size() > 1) sort_by_age(events);
     bool more = true;
-    for (auto& event : events) {
-      if (mode_ != Mode::Raw && !learn(event)) continue;
-      more = port->push(std::move(event));
-    }
+    for (auto& event : news(std::move(events), false)) more = port->push(std::move(event));
     port->moved(revision_);
     return more;
   }
@@ -7694,15 +7688,8 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
  private:
   static constexpr milliseconds kLongestResync = std::chrono::minutes(10);
 
-  RangeRequest whole() const {
-    RangeRequest range;
-    range.key = request_.key;
-    range.range_end = request_.range_end;
-    return range;
-  }
-
   Result<Records> read(const Context& ctx) const {
-    auto all = read_range(*client_, whole(), ctx);
+    auto all = read_range(*client_, range_of(request_), ctx);
     if (!all) return all;
     for (auto& kv : all->first) client_->watches->remember(kv);
     return all;
@@ -7723,11 +7710,11 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     if (mode_ != Mode::LiveWithValues) std::string().swap(known.value);
   }
 
-  /// False: it is known already, or never was.
-  bool learn(WatchEvent& event) {
+  /// False: it is known already, or never was. What is `anew` is not known.
+  bool learn(WatchEvent& event, bool anew) {
     auto it = known_.find(event.kv.key);
     bool known = it != known_.end();
-    if (known && it->second.mod_revision >= event.revision) return false;
+    if (known && !anew && it->second.mod_revision >= event.revision) return false;
     if (event.type == EventType::Put) {
       if (known) event.prev_kv = it->second;
       keep(event.kv);
@@ -7739,20 +7726,23 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     return true;
   }
 
-  /// Of what happens at once: puts first, the oldest key first; then deletes, the youngest first.
-  /// So no key seems to be the oldest for a moment that never was.
-  void sort_by_age(std::vector<WatchEvent>& events) const {
-    auto rank = [this](const WatchEvent& event) {
-      auto& key = event.kv.key;
-      if (event.type == EventType::Put) return std::make_tuple(0, event.kv.create_revision, key);
-      auto it = known_.find(key);
-      auto created = it != known_.end() ? it->second.create_revision
-                     : event.prev_kv    ? event.prev_kv->create_revision
-                                        : std::int64_t{0};
-      return std::make_tuple(1, -created, key);
+  /// What was not known of these events, in the order in which it is told: of what happens at once
+  /// in a queue puts first, the oldest key first, then deletes, the youngest first. So no key seems
+  /// to be the oldest for a moment that never was.
+  std::vector<WatchEvent> news(std::vector<WatchEvent> events, bool anew) {
+    if (mode_ == Mode::Raw) return events;
+    std::vector<WatchEvent> news;
+    for (auto& event : events) {
+      if (learn(event, anew)) news.push_back(std::move(event));
+    }
+    auto rank = [](const WatchEvent& event) {
+      bool put = event.type == EventType::Put;
+      auto age = put ? event.kv.create_revision : -event.prev_kv->create_revision;
+      return std::make_tuple(put ? 0 : 1, age, event.kv.key);
     };
-    std::stable_sort(events.begin(), events.end(),
-                     [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); });
+    auto older = [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); };
+    if (mode_ == Mode::ByAge) std::stable_sort(news.begin(), news.end(), older);
+    return news;
   }
 
   /// Knows from now on what was read, and says what is different: what was changed, in order, then
@@ -7776,11 +7766,10 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     std::stable_sort(events.begin(), events.end(),
                      [&](const WatchEvent& a, const WatchEvent& b) { return place(a) < place(b); });
     for (auto& entry : gone) events.push_back(deleted(entry.first, read.second));
-    if (mode_ == Mode::ByAge) sort_by_age(events);
     revision_ = read.second;
     heard_at_ = client_->clock->now();
-    for (auto& event : events) {
-      if (learn(event) && tell) port.push(std::move(event));
+    for (auto& event : news(std::move(events), true)) {
+      if (tell) port.push(std::move(event));
     }
     // After those that stand in a queue at first: it may be empty, and that is news, too.
     if (mode_ == Mode::ByAge && first && tell) port.push(deleted(request_.key, read.second));
@@ -7866,7 +7855,10 @@ class Mailbox : public EventPort,
     if (events_.empty() && (strand || readers_ > 0)) taken_at_ = steady_clock::now();
     events_.push_back(std::move(event));
     gate.changed.notify_one();
-    if (strand) strand->post([self = shared_from_this()] { self->handle_one(); });
+    if (strand)
+      strand->post([self = shared_from_this()] {
+        if (auto next = self->take()) self->handler_(std::move(*next));
+      });
     bool is_read = steady_clock::now() - taken_at_ < kAwake && bytes_ < kSpare;
     if (events_.size() >= capacity_ && !is_read) full_ = true;
     return !full_;
@@ -7878,15 +7870,13 @@ class Mailbox : public EventPort,
   }
 
   Result<WatchEvent> next(const Context& ctx) {
-    auto event = take();
-    if (event) return std::move(*event);
+    if (auto event = take()) return std::move(*event);
     auto& open = client->open;
     auto both = join_contexts({&ctx, &open});
     ++readers_;
     bool ready = gate.wait(both, [&] { return !events_.empty() || end; });
     --readers_;
-    event = take();
-    if (event) return std::move(*event);
+    if (auto event = take()) return std::move(*event);
     if (!ready) return open.cancelled() ? closed_error() : context_error(ctx, "there was no event");
     std::lock_guard<std::mutex> lock(gate.mutex);
     return end ? *end : make_error(ErrorCode::Conflict, "another reader was faster");
@@ -7930,11 +7920,6 @@ class Mailbox : public EventPort,
     return event;
   }
 
-  void handle_one() {
-    auto event = take();
-    if (event) handler_(std::move(*event));
-  }
-
   const std::shared_ptr<RangeFeed> feed_;
   const std::size_t capacity_;
   std::list<WatchEvent> events_;
@@ -7957,8 +7942,7 @@ class MailboxSource : public EventSource<Event> {
     while (true) {
       auto event = mailbox_->next(ctx);
       if (!event) return event.error();
-      auto decoded = decode_(std::move(*event));
-      if (decoded) return std::move(*decoded);
+      if (auto decoded = decode_(std::move(*event))) return std::move(*decoded);
     }
   }
   void cancel() override { mailbox_->cancel(); }
@@ -7999,8 +7983,7 @@ Result<Subscription> subscribe(const Result<WatchPlan<Event>>& plan,
   if (!handler) return invalid("a handler is empty");
   auto mailbox = plan->mailbox();
   mailbox->set_handler([decode = plan->decode, handler = std::move(handler)](WatchEvent event) {
-    auto decoded = decode(std::move(event));
-    if (decoded) handler(*decoded);
+    if (auto decoded = decode(std::move(event))) handler(*decoded);
   });
   auto started = mailbox->start(plan->include_existing, ctx);
   if (!started) return mailbox->cancel(), started.error();
@@ -8030,9 +8013,7 @@ COORDINATION_API Result<Watch<WatchEvent>> Client::watch(WatchRequest request, C
 }
 
 COORDINATION_API Result<Watch<WatchEvent>> Client::watch(std::string key, Context ctx) {
-  WatchRequest request;
-  request.key = std::move(key);
-  return watch(std::move(request), std::move(ctx));
+  return watch(WatchRequest{std::move(key)}, std::move(ctx));
 }
 
 COORDINATION_API Result<Subscription> Client::watch(WatchRequest request,
@@ -8691,10 +8672,7 @@ class Contender {
     wire::Lines lines;
     ClientState::StreamPlace place;
     auto line = [&](std::string_view text) {
-      auto decoded = wire::decode_line<wire::WatchLine>(text);
-      auto* watch = std::get_if<wire::WatchLine>(&decoded);
-      auto* error = std::get_if<wire::EtcdError>(&decoded);
-      if (error) client_->refused(place, *error);
+      auto watch = client_->read_line<wire::WatchLine>(place, text);
       if (watch && watch->canceled) client_->refused(place, {3, watch->cancel_reason});
       if (!watch || watch->canceled) return false;
       if (watch->created) --unconfirmed;
