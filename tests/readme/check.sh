@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# check.sh COMPILER [FLAG...]: compiles all C++ in the README, and runs what is a whole program.
+# check.sh COMPILER [FLAG...]: looks for everything that the README names, compiles all C++ in it,
+# runs what is a whole program, and has CMake read what is CMake's.
 # From the environment: DEFINITIONS, OPTIONS and INCLUDES for the compiler; LIBRARIES for the linker
 # (without them nothing is linked and run).
 set -euo pipefail
@@ -22,6 +23,9 @@ for folder in ${INCLUDES:-}; do
 done
 read -ra libraries <<< "${LIBRARIES:-}"
 
+mkdir "$out/cmake"
+python3 "$here/check_readme.py" "$root/README.md" "$out/cmake"
+cmake -S "$out/cmake" -B "$out/cmake/build" > "$out/cmake/log" || { cat "$out/cmake/log"; exit 1; }
 python3 "$here/extract_readme.py" "$root/README.md" "$out"
 
 echo "fragments"

@@ -3,7 +3,7 @@
 
 A snippet with a main() becomes program_<line>.cpp, another one that begins with a preprocessor
 line file_<line>.cpp; all others become functions of fragments.cpp, after prelude.hpp. Fails if
-there is none, or if a link to a file or a heading leads nowhere.
+there is none.
 """
 import pathlib
 import re
@@ -22,17 +22,6 @@ def as_function(line, code, readme):
             f'#line {line} "{readme}"\n{code}  }}\n  return {{}};\n}}\n\n')
 
 
-def dead_links(text, folder):
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
-    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if link.startswith("#"):
-            if link[1:] not in anchors:
-                yield link
-        elif "://" not in link and not (folder / link).exists():
-            yield link
-
-
 def main():
     readme, out = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2])
     text = readme.read_text()
@@ -48,10 +37,9 @@ def main():
         files += 1
         (out / f"{kind}_{line}.cpp").write_text(f'#line {line} "{readme}"\n{code}')
     (out / "fragments.cpp").write_text('#include "prelude.hpp"\n\n' + "".join(fragments))
-    dead = list(dead_links(text, readme.parent))
-    print(f"{readme.name}: {files} files, {len(fragments)} fragments, {len(dead)} dead links")
-    if dead or not files or not fragments:
-        sys.exit("FAILED: " + ", ".join(dead or ["no snippets"]))
+    print(f"{readme.name}: {files} files, {len(fragments)} fragments")
+    if not files or not fragments:
+        sys.exit("FAILED: no snippets")
 
 
 main()
