@@ -67,7 +67,7 @@ def check_names():
         if not re.search(rf"\b{name}\b", everything):
             yield f"no such macro or variable: {name}"
     for span in re.findall(r"`([^`]+)`", prose):
-        if match := re.fullmatch(r"[\w.]*?(?:(\w+)::)?(\w+)(\(.*\))?", span):
+        if match := re.fullmatch(r"[\w.]*?(?:(\w+)::)?(\w+)(\([^']*\))?", span):
             scope, name, call = match.groups()
             if (scope or call) and not re.search(rf"\b{name}\b", header):
                 yield f"not in the header: {span}"
@@ -85,7 +85,8 @@ def check_counts():
 
 
 def check_shell():
-    man = source("tools/coordctl/coordctl.1").replace("\\-", "-")
+    man = re.sub(r"\\f[A-Z]", " ", source("tools/coordctl/coordctl.1").replace("\\-", "-"))
+    tests = source("tests/coordctl/*.cpp")
     for snippet in snippets("sh"):
         parsed = subprocess.run(["bash", "-n"], input=snippet, text=True, stderr=subprocess.PIPE)
         if parsed.returncode:
@@ -95,6 +96,9 @@ def check_shell():
             for word in [own.split()[0], *re.findall(r"--[\w-]+", own)]:
                 if not re.search(rf"(?<![\w-]){word}\b", man):
                     yield f"not in coordctl's man page: {word}"
+        for body in re.findall(r"^curl .*?-d '(.*?)'", snippet, re.M):
+            if body not in tests:
+                yield f"sent by no test of coordctl: {body}"
 
 
 def write_cmake(folder):
