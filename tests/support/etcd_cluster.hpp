@@ -43,7 +43,10 @@ class EtcdCluster {
     return gateway::Gateway(transport_, url).with_token(token_);
   }
   /// For the test's own requests from now on.
-  void set_token(std::string token) { token_ = std::move(token); }
+  void set_token(std::string token) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    token_ = std::move(token);
+  }
 
   /// One POST past all proxies, with little patience.
   gateway::Reply ask(std::size_t i, const std::string& path, const gateway::Json& body,
@@ -164,13 +167,14 @@ class EtcdCluster {
     gateway::Reply reply;
     const auto added = [&] {  // etcd refuses until the others have been connected for a while
       const auto leads = leader();
-      if (leads < size()) reply = ask(leads, "/v3/cluster/member/add", body, 5s);
-      return reply.status == 200;
+      if (leads == size()) return false;
+      reply = ask(leads, "/v3/cluster/member/add", body, 5s);
+      members_[i]->id = listed_id(leads, members_[i]->peer_url());  // also if the answer was lost
+      return members_[i]->id != 0;
     };
     if (!wait_until(added, lenient(20s))) {
       throw std::runtime_error("a member cannot be added: " + reply.body);
     }
-    members_[i]->id = unsigned_of(reply.json["member"], "ID");
     launch(*members_[i], "existing");
     // etcd 3.7 may try for ever to publish a new member ("too many requests"), until it is
     // restarted.
@@ -188,12 +192,15 @@ class EtcdCluster {
     const gateway::Json body{{"ID", std::to_string(members_.at(i)->id)}};
     const auto removed = [&] {
       const auto leads = leader();
-      return leads < size() && ask(leads, "/v3/cluster/member/remove", body, 5s).status == 200;
+      if (leads == size()) return false;
+      const auto reply = ask(leads, "/v3/cluster/member/remove", body, 5s);
+      return reply.status == 200 || reply.body.find("member not found") != std::string::npos;
     };
     if (!wait_until(removed, lenient(20s))) {
       throw std::runtime_error("a member cannot be removed");
     }
-    wait_until([&] { return !server(i).running(); }, lenient(5s));  // etcd ends by itself
+    const auto ended = [&] { return !members_[i]->server || !server(i).running(); };
+    wait_until(ended, lenient(5s));  // etcd ends by itself
     link(i).refuse();
     members_[i]->server.reset();
     members_[i]->id = 0;
@@ -263,6 +270,15 @@ class EtcdCluster {
     member.server = std::make_unique<EtcdServer>(options);
   }
 
+  /// The id of the member with this URL; 0 if there is none.
+  std::uint64_t listed_id(std::size_t asked, const std::string& peer_url) const {
+    const auto reply = ask(asked, "/v3/cluster/member/list", gateway::Json::object(), 5s);
+    if (reply.status != 200) return 0;
+    for (const auto& member : reply.json.value("members", gateway::Json::array())) {
+      if (member["peerURLs"].at(0) == peer_url) return unsigned_of(member, "ID");
+    }
+    return 0;
+  }
   void require_serving(std::size_t i, milliseconds limit) {
     if (server(i).serving(limit)) return;
     const auto said = server(i).output();
@@ -292,7 +308,7 @@ class EtcdCluster {
   }
 
   const ClusterOptions options_;
-  mutable std::mutex mutex_;  // of `well` and of the list
+  mutable std::mutex mutex_;  // of `well`, of the token and of the list
   std::shared_ptr<coordination::Transport> transport_{coordination::make_default_transport()};
   std::string token_;
   std::vector<std::unique_ptr<Member>> members_;

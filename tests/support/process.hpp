@@ -201,6 +201,7 @@ class Process {
     if (pid_ < 0) throw std::runtime_error("fork failed");
     if (pid_ > 0) return;
     // From here on nothing but system calls: other threads may have held any lock.
+    setpgid(0, 0);  // Ctrl-C is for the test alone
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) _exit(126);
     dup2(out, 1);
