@@ -89,9 +89,41 @@ TEST_CASE("proof: removals that are not as they were told") {
   };
   const std::vector<Change> store{put(2, "k", "a"), removal(3, "k"), put(5, "k", "b")};
   CHECK(removals_are_as_told({{remove(3)}, store}).empty());
-  CHECK_MESSAGE(removals_are_as_told({{remove(4)}, store}).size() == 1, "found missing");
-  CHECK(removals_are_as_told({{remove(2)}, store}).size() == 1);
+  CHECK_MESSAGE(removals_are_as_told({{remove(4)}, store}).size() == 2, "and whose is that at 3?");
+  CHECK(removals_are_as_told({{remove(3), remove(2)}, store}).size() == 1);
   CHECK_MESSAGE(removals_are_as_told({{remove(3), remove(3)}, store}).size() == 1, "twice");
+  auto not_done = remove(0), maybe = remove(0), nothing = remove(4);
+  not_done.is = Is::NotApplied;
+  maybe.is = Is::MaybeApplied;
+  nothing.out["deleted"] = 0;
+  CHECK(removals_are_as_told({{not_done, maybe, nothing}, store}).empty());
+  CHECK(removals_are_as_told({{remove(3), maybe}, store}).empty());
+  CHECK_MESSAGE(removals_are_as_told({{not_done}, store}).size() == 1, "removed all the same");
+  CHECK_MESSAGE(removals_are_as_told({{nothing}, store}).size() == 1, "removed all the same");
+}
+
+TEST_CASE("proof: registrations that are not as they were told") {
+  const auto record = [](const char* n) { return Json{{"metadata", {{"n", n}}}}.dump(); };
+  const auto told = [](const char* kind, std::int64_t revision, const char* n, Is is = Is::Done) {
+    return entry(kind, {{"id", "a"}, {"n", n}}, {{"revision", revision}}, is);
+  };
+  const std::vector<Change> store{put(2, "/s/a", record("1")), removal(4, "/s/a"),
+                                  put(5, "/s/a", record("1")), put(6, "/s/a", record("2"))};
+  const auto check = [&](const Entry& e) {
+    return registrations_are_as_told({{e}, store}, "/s/").size();
+  };
+  CHECK(check(told("register", 2, "1")) == 0);
+  CHECK(check(told("register", 6, "2")) == 0);
+  CHECK(check(told("register", 0, "2", Is::MaybeApplied)) == 0);
+  CHECK(check(told("register", 0, "3", Is::MaybeApplied)) == 0);
+  CHECK(check(told("register", 0, "3", Is::NotApplied)) == 0);
+  CHECK(check(told("unregister", 4, "")) == 0);
+  CHECK(check(told("unregister", 6, "", Is::MaybeApplied)) == 0);
+  CHECK_MESSAGE(check(told("register", 3, "1")) == 1, "another revision");
+  CHECK_MESSAGE(check(told("register", 7, "3")) == 1, "not there");
+  CHECK_MESSAGE(check(told("register", 0, "2", Is::NotApplied)) == 1, "applied all the same");
+  CHECK_MESSAGE(check(told("register", 0, "1", Is::MaybeApplied)) == 1, "twice");
+  CHECK_MESSAGE(check(told("unregister", 3, "")) == 1, "still there");
 }
 
 namespace {

@@ -23,6 +23,13 @@ inline std::string told(const Entry& entry) {
          (entry.end == kNever ? "its death" : std::to_string(entry.end));
 }
 
+/// What tells one registration from another in its record; "" in any other value.
+inline std::string number_of(const std::string& value) {
+  const Json json = Json::parse(value, nullptr, false);
+  if (!json.is_object() || !json.contains("metadata")) return "";
+  return json["metadata"].value("n", "");
+}
+
 // -- writes -------------------------------------------------------------------------------------
 
 /// Every value is written by one call: a success is in the store once, at the revision that it
@@ -47,17 +54,64 @@ inline Violations writes_are_as_told(const History& history) {
   return found;
 }
 
-/// What a call has removed was removed at the revision that it names, and by no other call.
+/// What a call has removed was removed at the revision that it names, and by no other call; and of
+/// these keys nothing was removed but by a call that has, or may have.
 inline Violations removals_are_as_told(const History& history) {
   std::set<std::pair<std::string, std::int64_t>> removals;
   for (const Change& change : history.changes) {
     if (!change.put) removals.emplace(change.key, change.revision);
   }
   Violations found;
+  std::map<std::string, int> maybe;  // by key
   for (const Entry& entry : history.entries) {
-    if (entry.kind != "remove" || !entry.done()) continue;
+    if (entry.kind != "remove" && entry.kind != "delete") continue;
+    maybe[entry.in["key"]] += entry.is == Is::MaybeApplied;
+    if (!entry.done() || entry.out.value("deleted", 1) == 0) continue;
     if (removals.erase({entry.in["key"], entry.out["revision"]}) == 1) continue;
     found.push_back(told(entry) + ": not at this revision, or by another call, too");
+  }
+  for (const auto& [key, revision] : removals) {
+    const auto calls = maybe.find(key);
+    if (calls == maybe.end() || calls->second-- > 0) continue;
+    found.push_back(key + " was removed at revision " + std::to_string(revision) +
+                    ", and nobody may have done it");
+  }
+  return found;
+}
+
+// -- services -----------------------------------------------------------------------------------
+
+/// Each registration has a number of its own. A success is in the store at the revision that it
+/// names, and again only where the record had gone and came back; what was not applied is never
+/// there; what may be, once at most. After an unregister() the record is not there.
+inline Violations registrations_are_as_told(const History& history, const std::string& prefix) {
+  std::map<std::string, std::vector<const Change*>> changes;    // by key
+  std::map<std::string, std::vector<std::int64_t>> registered;  // by number: revisions
+  for (const Change& change : history.changes) {
+    if (!begins_with(change.key, prefix)) continue;
+    changes[change.key].push_back(&change);
+    if (change.put) registered[number_of(change.value)].push_back(change.revision);
+  }
+  const auto exists = [&](const std::string& key, std::int64_t revision) {
+    bool there = false;
+    for (const Change* change : changes[key]) {
+      if (change->revision <= revision) there = change->put;
+    }
+    return there;
+  };
+  Violations found;
+  for (const Entry& entry : history.entries) {
+    if (entry.kind == "unregister" && entry.done()) {
+      if (!exists(prefix + entry.in["id"].get<std::string>(), entry.out["revision"])) continue;
+      found.push_back(told(entry) + ": it is there at this revision");
+    }
+    if (entry.kind != "register") continue;
+    const auto& at = registered[entry.in["n"]];
+    const bool named =
+        !entry.done() || std::find(at.begin(), at.end(), entry.out["revision"]) != at.end();
+    const std::size_t most = entry.is == Is::NotApplied ? 0 : entry.done() ? at.size() : 1;
+    if (named && at.size() <= most) continue;
+    found.push_back(told(entry) + ": in the store " + std::to_string(at.size()) + " times");
   }
   return found;
 }
@@ -258,9 +312,8 @@ inline Violations watches_are_complete(const History& history) {
 inline Json as_seen(const std::map<std::string, std::string>& state, const std::string& prefix) {
   Json seen = Json::object();
   for (const auto& [key, value] : state) {
-    const Json json = Json::parse(value, nullptr, false);
-    const bool service = json.is_object() && json.contains("metadata");
-    seen[key.substr(prefix.size())] = service ? json["metadata"]["n"] : Json(value);
+    const auto number = number_of(value);
+    seen[key.substr(prefix.size())] = number.empty() ? value : number;
   }
   return seen;
 }

@@ -21,12 +21,13 @@ namespace proof {
 using support::EtcdCluster;
 using support::TcpProxy;
 
-/// Worker processes, each with its own way to every member.
+/// Worker processes, each with its own way to every member; and one more, the sitter, that does
+/// nothing but hold one lock for as long as it can.
 class Workers {
  public:
   Workers(EtcdCluster& etcd, std::size_t count, std::uint64_t seed, std::string folder)
-      : folder_(std::move(folder)), seed_(seed) {
-    for (std::size_t i = 0; i < count; ++i) {
+      : folder_(std::move(folder)), seed_(seed), sitter_(count) {
+    for (std::size_t i = 0; i <= count; ++i) {
       slots_.push_back(std::make_unique<Slot>());
       for (std::size_t k = 0; k < etcd.size(); ++k) {
         slots_[i]->ways.push_back(std::make_unique<TcpProxy>(etcd.link(k).port()));
@@ -35,20 +36,16 @@ class Workers {
     }
   }
 
-  std::size_t size() const { return slots_.size(); }
-  /// By the name that it holds its locks by.
-  std::optional<std::size_t> index_of(const std::string& holder) const {
-    for (std::size_t i = 0; i < size(); ++i) {
-      if (holder_of(slots_[i]->process) == holder) return i;
-    }
-    return std::nullopt;
-  }
+  /// Without the sitter.
+  std::size_t size() const { return sitter_; }
+  std::size_t sitter() const { return sitter_; }
+  std::string sitter_name() const { return holder_of(slots_[sitter_]->process); }
   void start(std::size_t i) {
     Slot& slot = *slots_.at(i);
     slot.process = ++count_;
     support::Args args{std::to_string(slot.process),
                        std::to_string(seed_ + 7919 * static_cast<std::uint64_t>(count_)),
-                       journal_of(slot.process)};
+                       journal_of(slot.process), i == sitter_ ? "sits" : "works"};
     for (const auto& way : slot.ways) args.push_back(way->endpoint());
     support::ProcessOptions options;
     options.output_file = folder_ + "/workers.log";
@@ -106,20 +103,26 @@ class Workers {
 
   const std::string folder_;
   const std::uint64_t seed_;
+  const std::size_t sitter_;
   int count_{0};
   std::set<int> killed_;
   std::vector<std::unique_ptr<Slot>> slots_;
 };
 
-/// One fault at a time, and a short rest after each; every one once before any comes again.
+/// One fault at a time, and a short rest after each; every one once before any comes again. What
+/// happens to the sitter happens beside all that.
 class Nemesis {
  public:
-  Nemesis(EtcdCluster& etcd, Workers& workers, Recorder& recorder, std::uint64_t seed)
-      : etcd_(etcd), workers_(workers), recorder_(recorder), random_(seed) {}
+  /// It ends soon after `over` has become true. Threads: that may be called from any.
+  Nemesis(EtcdCluster& etcd, Workers& workers, Recorder& recorder, std::uint64_t seed,
+          std::function<bool()> over)
+      : etcd_(etcd), workers_(workers), recorder_(recorder), over_(std::move(over)), random_(seed),
+        sitters_random_(seed + 1) {}
 
-  void run_until(std::chrono::steady_clock::time_point end) {
+  void run() {
+    std::thread beside([this] { plague_sitter(); });
     std::vector<const Fault*> deck;
-    while (std::chrono::steady_clock::now() < end) {
+    while (!over_()) {
       if (deck.empty()) deck = shuffled();
       const Fault& fault = *deck.back();
       deck.pop_back();
@@ -128,11 +131,14 @@ class Nemesis {
         ++counts_[fault.first];
       } catch (const std::exception& e) {  // a busy machine: the cluster takes longer than we wait
         const std::string why = e.what();
-        std::cout << fault.first << " did not succeed: " << why.substr(0, why.find('\n')) << "\n";
+        std::cout << fault.first << " did not succeed: " << why.substr(0, why.find('\n'))
+                  << std::endl;
         recover();
       }
       rest(500, 2000);
     }
+    beside.join();
+    counts_["late replies, then none"] = plagues_;
   }
   /// All is well again, however long it takes.
   void recover() {
@@ -161,7 +167,7 @@ class Nemesis {
   std::vector<Fault> make_faults() {
     return {
         {"kill a member", [this] { kill_member(); }},
-        {"stop a member", [this] { harm([&](auto i) { etcd_.stop(i); }); }},
+        {"stop a member", [this] { stop_member(); }},
         {"cut a member off", [this] { harm([&](auto i) { etcd_.cut_off(i); }); }},
         {"cut one way, in", [this] { harm([&](auto i) { etcd_.cut_off(i, Cut::Inbound); }); }},
         {"cut one way, out", [this] { harm([&](auto i) { etcd_.cut_off(i, Cut::Outbound); }); }},
@@ -179,8 +185,7 @@ class Nemesis {
         {"kill a worker", [this] { kill_worker(); }},
         {"stop a worker", [this] { stop_worker(); }},
         {"cut a worker off", [this] { cut_worker(Way::Both); }},
-        {"drop a worker's replies", [this] { cut_worker(Way::Down); }},
-        {"late replies, then none", [this] { late_then_nothing(); }}};
+        {"drop a worker's replies", [this] { cut_worker(Way::Down); }}};
   }
   std::vector<const Fault*> shuffled() {
     std::vector<const Fault*> deck;
@@ -192,10 +197,15 @@ class Nemesis {
   std::size_t below(std::size_t n) {
     return std::uniform_int_distribution<std::size_t>(0, n - 1)(random_);
   }
-  milliseconds dice(int least, int most) {
-    return milliseconds(std::uniform_int_distribution<int>(least, most)(random_));
+  static milliseconds dice(std::mt19937_64& random, int least, int most) {
+    return milliseconds(std::uniform_int_distribution<int>(least, most)(random));
   }
-  void rest(int least, int most) { std::this_thread::sleep_for(dice(least, most)); }
+  milliseconds dice(int least, int most) { return dice(random_, least, most); }
+  void rest(int least, int most) { sleep(dice(least, most)); }
+  void sleep(milliseconds time) {
+    const auto end = std::chrono::steady_clock::now() + time;
+    while (!over_() && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(20ms);
+  }
   /// One of those that vote.
   std::size_t any_member() { return below(3); }
   std::size_t any_worker() { return below(workers_.size()); }
@@ -350,16 +360,29 @@ class Nemesis {
     workers_.cut(i);
     workers_.heal(i);
   }
-  /// A lease ends by the time at which its last renewal was sent, not by when it was answered: of
-  /// who holds a lock answers come late, and then no request arrives any more.
+
+  // The sitter.
+
+  void plague_sitter() {
+    while (!over_()) {
+      sleep(100ms);
+      if (!sitter_holds()) continue;
+      late_then_nothing();
+      ++plagues_;
+    }
+  }
+  bool sitter_holds() {
+    const auto first = first_of(std::string(kPrefix) + "/locks/" + kSeat);
+    return !first.is_null() && gateway::unb64(first.value("value", "")) == workers_.sitter_name();
+  }
+  /// A lease ends by the time at which its last renewal was sent, not by when it was answered: the
+  /// answers come late, by half of the TTL, and then no request arrives any more.
   void late_then_nothing() {
-    const auto holder = first_of("/soak/locks/patient/");
-    const std::string value = holder.is_null() ? "" : gateway::unb64(holder.value("value", ""));
-    const auto i = workers_.index_of(value).value_or(any_worker());
-    workers_.delay_answers(i, 3s);
-    rest(5000, 7000);
+    const auto i = workers_.sitter();
+    workers_.delay_answers(i, std::chrono::seconds(kSeatTtl) / 2);
+    sleep(dice(sitters_random_, 3000, 5000));
     workers_.pause(i, Way::Up);
-    rest(10000, 11000);
+    sleep(std::chrono::seconds(kSeatTtl) * 3 / 2 + 1s);
     workers_.cut(i);
     workers_.heal(i);
   }
@@ -367,9 +390,11 @@ class Nemesis {
   EtcdCluster& etcd_;
   Workers& workers_;
   Recorder& recorder_;
-  std::mt19937_64 random_;
+  const std::function<bool()> over_;
+  std::mt19937_64 random_, sitters_random_;
   const std::vector<Fault> faults_{make_faults()};
   std::map<std::string, int> counts_;
+  int plagues_{0};
   std::set<std::int64_t> robbed_;
   std::vector<std::pair<std::int64_t, std::int64_t>> blind_;
 };

@@ -33,8 +33,13 @@ struct WorkerOptions {
   int process{0};
   std::uint64_t seed{0};
   std::string journal;
+  bool sits{false};
   std::vector<std::string> endpoints;
 };
+
+/// The lock that the sitter holds for as long as it can, and the others for moments.
+inline constexpr const char* kSeat = "seat";
+inline constexpr int kSeatTtl = 6;  // seconds
 
 inline std::string holder_of(int process) { return "worker-" + std::to_string(process); }
 
@@ -108,17 +113,19 @@ class Worker {
     }
   }
   std::vector<std::pair<std::string, Step>> steps() {
-    const auto queue = [this](const char* name, const char* mode, int ttl, bool sits = false) {
-      return [=](Dice& dice) { hold_once({name, mode, std::chrono::seconds(ttl), sits}, dice); };
+    const auto queue = [this](const char* name, const char* mode, int ttl) {
+      return [=](Dice& dice) { hold_once({name, mode, std::chrono::seconds(ttl)}, dice); };
     };
-    return {{"register-1", [this](Dice& dice) { use_register(dice); }},
+    const std::pair<std::string, Step> seat{kSeat, queue(kSeat, "exclusive", kSeatTtl)};
+    if (options_.sits) return {seat};
+    return {seat,
+            {"register-1", [this](Dice& dice) { use_register(dice); }},
             {"register-2", [this](Dice& dice) { use_register(dice); }},
             {"raw", [this](Dice& dice) { use_client(dice); }},
             {"watch", [this](Dice&) { watch(); }},
             {"lock", queue("lock", "exclusive", 3)},
             {"robbed", queue("robbed", "exclusive", 4)},
             {"robbed-2", queue("robbed", "exclusive", 4)},
-            {"patient", queue("patient", "exclusive", 6, true)},
             {"shared", queue("both", "shared", 3)},
             {"exclusive", queue("both", "exclusive", 3)},
             {"permit", queue("permits", "permit", 3)},
@@ -192,11 +199,11 @@ class Worker {
     const auto key = raw(dice.below(4)), value = unique();
     auto& client = coordinator_->client();
     if (dice.one_in(8)) {
-      static_cast<void>(write("delete", {{"key", key}}, [&]() -> Result<std::int64_t> {
-        auto done = client.remove(key, brief());
-        if (!done) return done.error();
-        return done->revision;
-      }));
+      static_cast<void>(journal_.call<RemoveResponse>(
+          "delete", {{"key", key}}, [&] { return client.remove(key, brief()); },
+          [](const RemoveResponse& done) {
+            return Json{{"revision", done.revision}, {"deleted", done.deleted}};
+          }));
     } else if (dice.one_in(2)) {
       const Json in{{"writes", {{key, value}}}};
       static_cast<void>(write("write", in, [&] { return put(key, value); }));
@@ -278,7 +285,9 @@ class Worker {
   struct Queue {
     std::string name, mode;
     milliseconds ttl;
-    bool sits;  // holds until it is not sure any more
+
+    /// Somebody always waits for it, and has it for a moment only.
+    bool is_seat() const { return name == kSeat; }
   };
 
   void hold_once(const Queue& queue, Dice& dice) {
@@ -289,14 +298,14 @@ class Worker {
         return coordinator_->election().campaign(name, unique(), queue.ttl, patience);
       });
     } else {
-      const auto name = queue.sits ? queue.name : of_now(queue.name, 30);
+      const auto name = of_now(queue.name, queue.is_seat() ? 120 : 30);
       hold<Lock>(queue, name, dice, [&] { return acquire(queue, name, dice); });
     }
   }
   Result<Lock> acquire(const Queue& queue, const std::string& name, Dice& dice) {
     auto& locks = coordinator_->lock();
-    const auto ctx = Context::with_timeout(dice.between(50, 5000));
-    const bool tries = dice.one_in(4);
+    const auto ctx = Context::with_timeout(queue.is_seat() ? 20s : dice.between(50, 5000));
+    const bool tries = !queue.is_seat() && dice.one_in(4);
     if (queue.mode == "permit") {
       auto semaphore = locks.semaphore(name, kPermits);
       return tries ? semaphore.try_acquire(queue.ttl, ctx) : semaphore.acquire(queue.ttl, ctx);
@@ -339,16 +348,14 @@ class Worker {
     return done_or(office.resign(hasty ? Context::with_timeout(2ms) : brief()));
   }
   void work(const Queue& queue, HeldKey& held, const Json& in, Dice& dice) {
-    const auto end = std::chrono::steady_clock::now() + (queue.sits        ? 25s
-                                                         : dice.one_in(12) ? 1500ms
-                                                                           : dice.between(0, 60));
+    const auto time = queue.is_seat() ? 0ms : dice.one_in(12) ? 1500ms : dice.between(0, 60);
+    const auto end = std::chrono::steady_clock::now() + time;
     bool ours = true;
     do {
       ours = is_held(held, in);
-      if (ours && !queue.sits) write_guarded(held, in);
+      if (ours && !options_.sits) write_guarded(held, in);
       std::this_thread::sleep_for(dice.between(10, 60));
-    } while (ours && !stopping_ && std::chrono::steady_clock::now() < end);
-    if (queue.sits && ours) write_guarded(held, in);
+    } while (ours && !stopping_ && (options_.sits || std::chrono::steady_clock::now() < end));
   }
   bool is_held(HeldKey& held, const Json& in) {
     const auto is = journal_.call<bool>(
