@@ -13,6 +13,9 @@ have() {
     libc++-dev) echo '#include <vector>' | clang++ -stdlib=libc++ -fsyntax-only -x c++ - ;;
     libc++abi-dev) echo 'int main() {}' | clang++ -stdlib=libc++ -x c++ - -o /dev/null ;;
     g++-mingw-w64-x86-64-posix) command -v x86_64-w64-mingw32-g++-posix ;;
+    g++-*-linux-gnu*) command -v "${1#g++-}-g++" ;;
+    qemu-user) command -v qemu-aarch64 ;;
+    wine64) command -v wine64 || command -v /usr/lib/wine/wine64 ;;
     binutils) command -v nm ;;
     etcd-server) command -v etcd ;;
     etcd-client) command -v etcdctl ;;
@@ -20,6 +23,7 @@ have() {
     nlohmann-json3-dev) header nlohmann/json.hpp ;;
     libssl-dev) header openssl/ssl.h ;;
     libcli11-dev) header CLI/CLI.hpp ;;
+    libcurl4-openssl-dev) header curl/curl.h ;;
     doctest-dev) header doctest/doctest.h ;;
     protobuf-compiler) command -v protoc ;;
     libprotobuf-dev) header google/protobuf/stubs/common.h ;;

@@ -1,0 +1,3 @@
+// The one file of the compiled form.
+#define COORDINATION_IMPLEMENTATION
+#include <coordination.hpp>
