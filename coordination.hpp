@@ -63,7 +63,7 @@
 #define COORDINATION_HPP
 
 #define COORDINATION_VERSION_MAJOR 0
-#define COORDINATION_VERSION_MINOR 1
+#define COORDINATION_VERSION_MINOR 2
 #define COORDINATION_VERSION_PATCH 0
 
 // 1: every file that includes this header can use it at once.
