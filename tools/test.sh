@@ -184,8 +184,9 @@ phase "dev: tests that run alone" run_tests dev alone -L alone || status=1
 in_background run_tests dev build -L build
 phase "dev: conformance, other clients" run_tests dev conformance -L 'conformance|interop' ||
   status=1
-phase "asan: test" run_tests asan all -j $((jobs + 1)) || status=1
-phase "tsan: test" run_tests tsan all -j $((jobs + 1)) || status=1
+# These have ten times as long for everything, and wait for nearly all of it.
+phase "asan: test" run_tests asan all -j $((2 * jobs)) || status=1
+phase "tsan: test" run_tests tsan all -j $((2 * jobs)) || status=1
 phase "dev: how it can be compiled" finish_background || status=1
 
 exit "$status"
