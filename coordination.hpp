@@ -14,10 +14,10 @@
 //   A  Configuration    macros, version, includes
 //   B  Interface        1 Errors  2 Execution  4 Transport  5 Client  6 Lease  7 Watch  8 Lock
 //                       9 Election  10 Registry  11 Config  12 Coordinator  13 Globals
-//                       14 MemoryEtcd
+//                       14 MemoryEtcd  15 Recipes
 //   C  Implementation   the same numbers, and 3 Wire; compiled here, or in one .cpp
 //
-// A call travels one way: recipe (8-11) -> Lease and Watch (6, 7) -> Client (5: choose a member,
+// A call travels one way: service (8-11) -> Lease and Watch (6, 7) -> Client (5: choose a member,
 // attach the token, retry where that is safe) -> Transport (4: bytes) -> etcd's JSON gateway.
 //
 // Time:     every call ends: when its Context says so, else after CoordinatorOptions::timeout.
@@ -135,26 +135,38 @@ enum class ErrorCode {
 const char* to_string(ErrorCode code);
 
 /// Whether a write that failed can have taken effect.
-enum class Outcome { NotApplied, MaybeApplied };
+enum class Outcome {
+  NotApplied,   // certainly not: it may be tried again
+  MaybeApplied  // nobody knows: read again before anything that must not happen twice
+};
 
-/// Why a call failed.
+/// Why a call failed. Threads: a value, as all structs of this header.
 struct Error {
   ErrorCode code{ErrorCode::Internal};
   std::string message{};                 // what could not be done
   std::string cause{};                   // why, in the words of etcd or of the system; may be empty
   Outcome outcome{Outcome::NotApplied};  // of a write
   std::int64_t revision{0};              // of Compacted: from here on the history is complete
+
+  /// For functions of one's own that return a Result: Error::make(ErrorCode::NotFound, "no such
+  /// job").
+  static Error make(ErrorCode code, std::string message, std::string cause = {},
+                    Outcome outcome = Outcome::NotApplied) {
+    return {code, std::move(message), std::move(cause), outcome, 0};
+  }
 };
 
-/// "[CODE] message: cause".
+/// "[CODE] message: cause", in one line; without the cause if there is none.
 std::string to_string(const Error& error);
 
-/// What Result::value() throws.
+/// What Result::value() throws: an Error as an exception. what() is to_string(error()).
 class CoordinationError : public std::runtime_error {
  public:
   explicit CoordinationError(Error error)
       : std::runtime_error(to_string(error)), error_(std::move(error)) {}
+  /// That of error().
   ErrorCode code() const { return error_.code; }
+  /// All that is known: also its cause, and its outcome.
   const Error& error() const { return error_; }
 
  private:
@@ -171,26 +183,36 @@ namespace detail {
 [[noreturn]] void raise(const Error& error);  // throws CoordinationError; aborts without exceptions
 }  // namespace detail
 
-/// A value or an Error. `*`, `->` and error() assert that there is one; value() throws.
+/// A value or an Error: what every call returns. It must be looked at, or the compiler warns. It
+/// has the names of C++23's std::expected.
+///   if (!result) return result.error();  use(*result);   // or, where an exception is welcome:
+///   use(f().value());
 template <class T>
 class [[nodiscard]] Result {
  public:
+  /// A success; a function that returns a Result<T> may just return a T.
   Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}
+  /// A failure; it may just return an Error.
   Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}
 
+  /// True if there is a value.
   explicit operator bool() const { return state_.index() == 0; }
   bool has_value() const { return state_.index() == 0; }
 
+  /// The value. There must be one: an assertion says so, and without assertions it is undefined.
   T& operator*() & { return *get(); }
   const T& operator*() const& { return *get(); }
   T operator*() && { return std::move(*get()); }
   T* operator->() { return get(); }
   const T* operator->() const { return get(); }
 
+  /// The value. Errors: throws a CoordinationError if there is none (without exceptions: prints it
+  /// and aborts).
   T& value() & { return demand(), *get(); }
   const T& value() const& { return demand(), *get(); }
   T value() && { return demand(), std::move(*get()); }  // by value: safe in a range-for
 
+  /// The value, or `other` whatever the error is.
   template <class U>
   T value_or(U&& other) const& {
     return has_value() ? *get() : static_cast<T>(std::forward<U>(other));
@@ -200,6 +222,7 @@ class [[nodiscard]] Result {
     return has_value() ? std::move(*get()) : static_cast<T>(std::forward<U>(other));
   }
 
+  /// Why there is no value. There must be none, as for `*`.
   const Error& error() const {
     assert(!has_value() && "error() of a Result that holds a value");
     return *std::get_if<1>(&state_);
@@ -218,22 +241,27 @@ class [[nodiscard]] Result {
   std::variant<T, Error> state_;
 };
 
-/// Success or an Error.
+/// Success or an Error: of calls that return nothing.
 template <>
 class [[nodiscard]] Result<void> {
  public:
+  /// A success: `return {};`.
   Result() = default;
+  /// A failure.
   Result(Error error) : error_(std::move(error)) {}
   /// For who does not care at which revision a write was done.
   Result(const Result<std::int64_t>& revision) {
     if (!revision) error_ = revision.error();
   }
 
+  /// True if it was a success.
   explicit operator bool() const { return !error_; }
   bool has_value() const { return !error_; }
+  /// Nothing. Errors: throws a CoordinationError if it was none.
   void value() const {
     if (error_) detail::raise(*error_);
   }
+  /// Why it failed. It must have.
   const Error& error() const {
     assert(error_ && "error() of a Result that succeeded");
     return *error_;
@@ -323,10 +351,19 @@ class Context {
 
   /// Neither a deadline nor cancelled.
   Context();
+  /// Ends after `timeout`, from now on; at once if that is not positive; after a year at the
+  /// latest.
   static Context with_timeout(milliseconds timeout);
+  /// Ends at this point in time.
   static Context with_deadline(std::chrono::steady_clock::time_point deadline);
   /// A Context that ends with `parent`, or when it is itself cancelled.
   static Context child_of(const Context& parent);
+  /// A Context that is cancelled when the process gets one of these signals, in whichever thread:
+  /// Context::on_signals({SIGINT, SIGTERM}), of <csignal>. The first of them ends it; from then on
+  /// they do what they do by default, so that a second one ends a program that hangs.
+  /// Threads: one for the whole process, that never ends. Where the system has none to give, or no
+  ///          pipe, the signals are left as they are.
+  static Context on_signals(std::initializer_list<int> signals);
 
   /// Ends every call that has this Context, or a child of it.
   void cancel() const;
@@ -334,7 +371,12 @@ class Context {
   bool cancelled() const;
   /// True once it is cancelled or its deadline has passed.
   bool done() const;
+  /// When it ends by itself; nothing: never.
   std::optional<std::chrono::steady_clock::time_point> deadline() const;
+  /// A sleep that ends with the Context: `while (ctx.sleep_for(10s)) check();`. True: all of `time`
+  /// has passed, and it goes on.
+  /// Blocks: for `time`, or until the Context is done.
+  bool sleep_for(milliseconds time) const;
 
   /// For transports: calls `handler` once, from the thread that cancels, or at once if that has
   /// happened already. A deadline that passes calls nothing.
@@ -347,9 +389,13 @@ class Context {
   std::shared_ptr<detail::ContextState> state_;
 };
 
+/// How much a line of the log matters. Warn: it mends itself, but somebody should know. Error: it
+/// does not.
 enum class LogLevel { Debug, Info, Warn, Error };
+/// "DEBUG", "INFO", "WARN", "ERROR".
 const char* to_string(LogLevel level);
 
+/// What a line is about: ("key", "/locks/jobs/694d"), ("cause", ...).
 using LogFields = std::vector<std::pair<std::string, std::string>>;
 
 /// Receives the library's log. Passwords, tokens and configuration values are never in it.
@@ -359,8 +405,8 @@ using LogFields = std::vector<std::pair<std::string, std::string>>;
 ///          It must not call back into the library.
 using Logger = std::function<void(LogLevel level, std::string_view message, const LogFields&)>;
 
-/// A Logger that writes lines of `level message key=value ...` to standard error, with control
-/// characters as \xNN.
+/// A Logger that writes lines of `time level message key=value ...` to standard error: the time in
+/// UTC, "2031-05-07T08:09:10.123Z"; control characters as \xNN.
 Logger stderr_logger(LogLevel minimum = LogLevel::Info);
 
 /// The time by which leases, and streams that are silent, are judged. Contexts always use the real
@@ -492,105 +538,132 @@ struct RetryConfig {
   double multiplier{2.0};  // of the delay, after each round
 };
 
+/// What became of one request to one member: an attempt of a call, a stream, a look at a member.
+struct RequestEvent {
+  std::string path;      // "/v3/kv/put"
+  std::string endpoint;  // "http://host:port"
+  std::chrono::microseconds duration{0};
+  std::size_t bytes_sent{0};      // of the body
+  std::size_t bytes_received{0};  // of the body; of a stream: in all
+  int status{0};                  // of HTTP; 0 = there was no answer, see `error`
+  std::optional<Error> error{};   // why not, or why a stream was cut
+};
+
 /// All that a Coordinator can be told.
 struct CoordinatorOptions {
   // [http[s]://]host[:port], also [::1]:port; the port is 2379 where there is none; without a
   // scheme it is https if `tls` names a CA or a certificate, else http
   std::vector<std::string> endpoints{"localhost:2379"};
-  std::string username{};  // empty = no login
-  std::string password{};
+  std::string username{};      // of etcd's authentication; empty = no login
+  std::string password{};      // never logged
   milliseconds timeout{5000};  // of a call whose Context has no deadline
-  RetryConfig retry_config{};
-  TlsOptions tls{};
-  LimitOptions limits{};
-  std::string key_prefix{};  // put before "/locks", "/services", "/config", "/elections"
-  Logger logger{};           // none = silent
+  RetryConfig retry_config{};  // how often what fails is tried again
+  TlsOptions tls{};            // for https
+  LimitOptions limits{};       // of answers
+  std::string key_prefix{};    // put before "/locks", "/semaphores", "/services", "/config" and
+                               //   "/elections", and before nothing that Client is given; "/shop"
+  Logger logger{};             // none = silent
   std::shared_ptr<Transport> transport{};  // none = make_default_transport(tls, limits)
   std::shared_ptr<Clock> clock{};          // none = the steady clock
   std::string holder{};  // who holds a lock: the value of its key; empty = "<host>:<process id>"
+  // Hears of every request, when it is over: for metrics and traces. Called as the Logger is, and
+  // in its thread, so that it delays nothing but the log; what it throws is lost.
+  std::function<void(const RequestEvent&)> on_request{};
 };
 
-/// A key as etcd keeps it. Keys and values are bytes.
+/// A key as etcd keeps it. Keys and values are bytes. Every change of the store has a number, its
+/// revision, one higher than that of the change before.
 struct KeyValue {
   std::string key;
   std::string value;
-  std::int64_t create_revision{0};
-  std::int64_t mod_revision{0};
-  std::int64_t version{0};
-  std::int64_t lease{0};
+  std::int64_t create_revision{0};  // of the change that made it, after it was last missing
+  std::int64_t mod_revision{0};     // of its last change
+  std::int64_t version{0};          // how many changes since it was made; 1 = the first value
+  std::int64_t lease{0};            // with which it goes; 0 = none
 };
 
 /// The `range_end` that makes a range of all keys that begin with `prefix`.
 std::string prefix_range_end(std::string_view prefix);
 
-enum class SortOrder { None, Ascend, Descend };  // None: upwards, by the key or another target
+/// None: upwards by the key, or by another target that was named.
+enum class SortOrder { None, Ascend, Descend };
+/// By what: the key, or a member of KeyValue.
 enum class SortTarget { Key, Version, Create, Mod, Value };
 
+/// Which keys are read.
 struct RangeRequest {
-  std::string key;
-  std::string range_end{};   // empty = this key alone
+  std::string key;           // the first one
+  std::string range_end{};   // the first one that is not read; empty = `key` alone
   std::int64_t limit{0};     // 0 = all
   std::int64_t revision{0};  // 0 = now
   SortOrder sort_order{SortOrder::None};
   SortTarget sort_target{SortTarget::Key};
   bool serializable{false};  // true = from the member's own data, which may be old
   bool keys_only{false};     // no values; from etcd 3.7 on no leases either
-  bool count_only{false};
-  std::int64_t min_mod_revision{0}, max_mod_revision{0};
-  std::int64_t min_create_revision{0}, max_create_revision{0};
+  bool count_only{false};    // nothing but how many there are
+  std::int64_t min_mod_revision{0}, max_mod_revision{0};        // only those; 0 = all
+  std::int64_t min_create_revision{0}, max_create_revision{0};  // only those; 0 = all
 };
 
+/// What was read.
 struct RangeResponse {
-  std::vector<KeyValue> kvs;
-  std::int64_t count{0};  // of all keys in the range, whatever `limit` and the filters say
-  bool more{false};
-  std::int64_t revision{0};  // of the store when it answered
+  std::vector<KeyValue> kvs;  // in the order that was asked for
+  std::int64_t count{0};      // of all keys in the range, whatever `limit` and the filters say
+  bool more{false};           // `limit` has left some out
+  std::int64_t revision{0};   // of the store when it answered
 };
 
+/// What is written.
 struct PutRequest {
   std::string key;
   std::string value;
-  std::int64_t lease{0};
-  bool prev_kv{false};
+  std::int64_t lease{0};     // the key goes with it; 0 = it stays
+  bool prev_kv{false};       // return what was there before
   bool ignore_value{false};  // keep the value, change the lease
   bool ignore_lease{false};  // keep the lease, change the value
 };
 
+/// That it was written.
 struct PutResponse {
-  std::int64_t revision{0};
-  std::optional<KeyValue> prev_kv;
+  std::int64_t revision{0};         // of this change
+  std::optional<KeyValue> prev_kv;  // if it was asked for and there was one
 };
 
+/// Which keys are removed; as for RangeRequest.
 struct RemoveRequest {
   std::string key;
   std::string range_end{};
-  bool prev_kv{false};
+  bool prev_kv{false};  // return what was removed
 };
 
+/// What was removed. That there was nothing is no error.
 struct RemoveResponse {
-  std::int64_t deleted{0};
-  std::vector<KeyValue> prev_kvs;
-  std::int64_t revision{0};
+  std::int64_t deleted{0};         // how many
+  std::vector<KeyValue> prev_kvs;  // if they were asked for
+  std::int64_t revision{0};        // of this change; of the store, if there was none
 };
 
 /// A condition of a Txn. On a missing key every number is 0 and no value compares.
 struct Compare {
-  enum class Target { Version, Create, Mod, Value, Lease };
-  enum class Is { Equal, Greater, Less, NotEqual };
+  enum class Target { Version, Create, Mod, Value, Lease };  // the members of KeyValue
+  enum class Is { Equal, Greater, Less, NotEqual };          // than `number` or `bytes`
 
   std::string key;
   Target target{Target::Create};
   Is is{Is::Equal};
-  std::int64_t number{0};
+  std::int64_t number{0};   // of the other targets
   std::string bytes{};      // of Target::Value
   std::string range_end{};  // true if it holds for all keys of the range
 
+  // By what they compare: Compare::version("/a", Compare::Is::Equal, 1).
   static Compare create_revision(std::string key, Is is, std::int64_t revision);
   static Compare mod_revision(std::string key, Is is, std::int64_t revision);
   static Compare version(std::string key, Is is, std::int64_t version);
   static Compare lease(std::string key, Is is, std::int64_t lease);
   static Compare value(std::string key, Is is, std::string value);
+  /// There is such a key.
   static Compare exists(std::string key);
+  /// There is none.
   static Compare missing(std::string key);
 };
 
@@ -600,12 +673,14 @@ struct Txn;
 struct Op {
   std::variant<RangeRequest, PutRequest, RemoveRequest, std::shared_ptr<const Txn>> request;
 
+  // As the calls of Client with these names.
   static Op range(RangeRequest request);
   static Op get(std::string key);
   static Op put(std::string key, std::string value, std::int64_t lease = 0);
   static Op put(PutRequest request);
   static Op remove(std::string key);
   static Op remove(RemoveRequest request);
+  /// A Txn inside a Txn.
   static Op txn(Txn txn);
 };
 
@@ -615,6 +690,7 @@ struct Txn {
   std::vector<Op> success;
   std::vector<Op> failure;
 
+  // Txn().when(Compare::missing("/a")).then(Op::put("/a", "1")).otherwise(Op::get("/a"))
   Txn& when(Compare c) & { return compare.push_back(std::move(c)), *this; }
   Txn& then(Op op) & { return success.push_back(std::move(op)), *this; }
   Txn& otherwise(Op op) & { return failure.push_back(std::move(op)), *this; }
@@ -627,10 +703,11 @@ struct TxnResponse;
 using OpResponse =
     std::variant<RangeResponse, PutResponse, RemoveResponse, std::shared_ptr<const TxnResponse>>;
 
+/// Which branch was taken, and the answers to its operations.
 struct TxnResponse {
-  bool succeeded{false};
+  bool succeeded{false};              // all compares held: `success` was done, else `failure`
   std::vector<OpResponse> responses;  // one for each Op of the branch that was taken
-  std::int64_t revision{0};
+  std::int64_t revision{0};           // of the changes, or of the store if there was none
 
   /// The answer of the i-th operation, which was a range or get; empty if it was not.
   const RangeResponse& range(std::size_t i) const;
@@ -638,13 +715,13 @@ struct TxnResponse {
 
 /// What one member says of itself.
 struct Status {
-  std::string endpoint;
-  std::string version;
-  std::int64_t db_size{0};
-  std::uint64_t leader{0};
-  std::uint64_t member_id{0};
-  std::uint64_t raft_term{0};
-  std::int64_t revision{0};
+  std::string endpoint;             // as it was asked
+  std::string version;              // "3.5.30"
+  std::int64_t db_size{0};          // in bytes, with what has been freed
+  std::uint64_t leader{0};          // the member that leads; 0 = none
+  std::uint64_t member_id{0};       // of this one
+  std::uint64_t raft_term{0};       // grows with every election of etcd's own
+  std::int64_t revision{0};         // of the store, as far as this member has it
   std::vector<std::string> errors;  // "etcdserver: no leader", ...
 };
 
@@ -665,7 +742,13 @@ namespace detail {
 struct ClientState;
 }  // namespace detail
 
-/// etcd in its own vocabulary: bytes in, bytes out, keys as they are (no prefix is added).
+/// etcd in its own vocabulary: bytes in, bytes out. Keys are taken as they are, any bytes but none
+/// at all: no key_prefix is added, and none of the rules of locks and configuration holds (what a
+/// lock calls "jobs" is "<key_prefix>/locks/jobs/..." here).
+///
+/// Blocks: each call until it is answered, or its Context or CoordinatorOptions::timeout ends it.
+/// Errors: of each call Timeout, Cancelled, Connection, Unavailable, PermissionDenied; Validation
+///         for an empty key, or what etcd refuses. Of a write: see Error::outcome.
 ///
 /// It goes on to the next member when one fails, logs in, and repeats what is safe to repeat. Slow
 /// is not dead: a read that is late (after a second or so) is asked for at a second member beside
@@ -677,13 +760,18 @@ class Client {
  public:
   /// Errors: NotFound if there is no such key.
   Result<KeyValue> get(std::string key, Context ctx = {});
+  /// All keys of a range, in one answer: of many, with `limit`, page by page. None is no error.
   Result<RangeResponse> range(RangeRequest request, Context ctx = {});
+  /// Writes a value, whatever is there.
   Result<PutResponse> put(std::string key, std::string value, Context ctx = {});
   /// Errors: Validation if there is a value, or lease, that is to be ignored; NotFound if there is
   ///         no key whose value, or lease, could be kept.
   Result<PutResponse> put(PutRequest request, Context ctx = {});
+  /// Removes a key; RemoveResponse::deleted says whether there was one.
   Result<RemoveResponse> remove(std::string key, Context ctx = {});
+  /// Removes all keys of a range, in one step.
   Result<RemoveResponse> remove(RemoveRequest request, Context ctx = {});
+  /// Does all or nothing of it, in one step. It may have 128 operations (etcd's default).
   /// A Txn whose compares failed is no error: see TxnResponse::succeeded.
   Result<TxnResponse> commit(Txn txn, Context ctx = {});
   /// Discards all history before `revision`. Success if that has been done already.
@@ -703,8 +791,12 @@ class Client {
   Result<Lease> grant(milliseconds ttl, Context ctx = {});
 
   /// Every change of a key or range, in order, from `start_revision` or from now on.
+  /// Blocks: until it has begun; what happens from then on is delivered.
+  /// Errors: Compacted if etcd has discarded what came after `start_revision`.
   Result<Watch<WatchEvent>> watch(WatchRequest request, Context ctx = {});
+  /// Of one key, from now on.
   Result<Watch<WatchEvent>> watch(std::string key, Context ctx = {});
+  /// The same, told to a handler; see Subscription::on_end.
   Result<Subscription> watch(WatchRequest request, std::function<void(const WatchEvent&)> handler,
                              Context ctx = {});
 
@@ -753,24 +845,26 @@ class [[nodiscard]] Lease {
 
 // == 7. Watch ===================================================================================
 
+/// A key was written, or removed (by hand, or with its lease).
 enum class EventType { Put, Delete };
 const char* to_string(EventType type);  // "PUT", "DELETE"
 
+/// One change of one key.
 struct WatchEvent {
   EventType type{EventType::Put};
   KeyValue kv;                      // of a Delete: the key and the revision that removed it
   std::optional<KeyValue> prev_kv;  // if it was asked for and there was one
-  std::int64_t revision{0};
+  std::int64_t revision{0};         // of the change; those of one Txn have the same
 };
 
 /// What Client::watch is to watch.
 struct WatchRequest {
   std::string key;
-  std::string range_end{};         // empty = this key alone
-  std::int64_t start_revision{0};  // 0 = from now on
-  bool prev_kv{false};
-  bool no_put{false}, no_delete{false};
-  std::size_t queue_size{1024};  // see Watch
+  std::string range_end{};               // empty = this key alone
+  std::int64_t start_revision{0};        // 0 = from now on; else from this one on, it included
+  bool prev_kv{false};                   // with what was there before
+  bool no_put{false}, no_delete{false};  // without events of that kind
+  std::size_t queue_size{1024};          // see Watch
 };
 
 /// How registry and configuration watch.
@@ -829,6 +923,7 @@ class [[nodiscard]] Watch {
   detail::Handle<detail::EventSource<Event>> source_;
 };
 
+/// An input iterator: each step waits for the next event. Threads: as next().
 template <class Event>
 class Watch<Event>::iterator {
  public:
@@ -869,6 +964,7 @@ inline void let_go(const std::shared_ptr<SubscriptionState>& state) { state->can
 /// A handler that is called with events. Move-only; after its destructor no handler runs.
 class [[nodiscard]] Subscription {
  public:
+  /// Of nothing: to be assigned to.
   Subscription() = default;
 
   /// Called once, after the last event, when the watch ends though nobody has cancelled it (also
@@ -878,7 +974,8 @@ class [[nodiscard]] Subscription {
     if (auto* state = state_.mine()) state->on_end(std::move(handler));
   }
 
-  /// Blocks: until a handler that is running in another thread has returned.
+  /// Ends it before its destructor does. Blocks: until a handler that is running in another thread
+  /// has returned.
   void cancel() {
     if (auto* state = state_.mine()) state->cancel();
   }
@@ -1011,12 +1108,15 @@ class [[nodiscard]] Semaphore {
   int permits_;
 };
 
+class Slot;  // of section 15
+
 /// Locks by name. First come, first served, and in one queue with `etcdctl lock /locks/<key>` and
 /// Go's concurrency.Mutex.
 ///
-/// A key is one or more segments joined by '/'; an empty segment, `.` or `..` is Validation, and
-/// so is a TTL that is not positive. etcd grants whole seconds and has a minimum (2 s by default);
-/// the TTL is rounded up.
+/// A key is one or more segments joined by '/', without one at its ends; an empty segment, `.` or
+/// `..` is Validation (unlike keys of Client, which may be anything), and so is a TTL that is not
+/// positive. In etcd it is `<key_prefix>/locks/<key>/<lease>`. etcd grants whole seconds and has a
+/// minimum (2 s by default); the TTL is rounded up.
 class DistributedLock {
  public:
   /// Blocks: until the lock is ours or `ctx` is done, also through an outage of etcd; whose place
@@ -1027,7 +1127,9 @@ class DistributedLock {
   /// Errors: Conflict if somebody holds it.
   Result<Lock> try_acquire(std::string key, milliseconds ttl, Context ctx = {});
   /// A lock that any number of shared holders have together, but none beside an exclusive one.
+  /// Blocks and Errors: as acquire.
   Result<Lock> acquire_shared(std::string key, milliseconds ttl, Context ctx = {});
+  /// Errors: Conflict if it has an exclusive holder, or one is waiting before us.
   Result<Lock> try_acquire_shared(std::string key, milliseconds ttl, Context ctx = {});
   /// Who holds it now (of shared holders the first). Errors: NotFound if nobody does.
   Result<LockHolder> holder(std::string key, Context ctx = {});
@@ -1049,6 +1151,11 @@ class DistributedLock {
     if (result && lost) return unlocked.error();
     return result;
   }
+
+  /// A number from 0 to `count` - 1 that nobody else has while the handle is held: for workers that
+  /// need an id of their own. It is the lock `<name>/<number>`, any that is free.
+  /// Errors: Conflict if all are taken; it does not wait. Validation if `count` is not positive.
+  Result<Slot> lease_slot(std::string name, int count, milliseconds ttl, Context ctx = {});
 
   explicit DistributedLock(std::shared_ptr<detail::CoordinatorState> state)
       : state_(std::move(state)) {}
@@ -1073,8 +1180,8 @@ class [[nodiscard]] Leadership : public HeldKey {
   Result<void> resign(Context ctx = {});
 };
 
-/// Elections by name, under `<key_prefix>/elections/<name>`; candidates of `etcdctl elect` and
-/// Go's concurrency.Election on that prefix stand in the same queue.
+/// Elections by name, which is as a lock's key, under `<key_prefix>/elections/<name>`; candidates
+/// of `etcdctl elect` and Go's concurrency.Election on that prefix stand in the same queue.
 class Election {
  public:
   /// Blocks: until this candidate leads or `ctx` is done, as DistributedLock::acquire. A call that
@@ -1085,8 +1192,18 @@ class Election {
   Result<LeaderInfo> leader(std::string name, Context ctx = {});
   /// The leader now, or "nobody", and then every other leader or value, also "nobody".
   Result<Watch<LeaderInfo>> observe(std::string name, Context ctx = {});
+  /// The same, told to a handler.
   Result<Subscription> observe(std::string name, std::function<void(const LeaderInfo&)> handler,
                                Context ctx = {});
+
+  /// Campaigns, calls `fn(leadership, office)` while we lead, and resigns. `office` is a Context
+  /// that ends with `ctx`, and when the office is lost: then `fn` must return, and this campaigns
+  /// again. What `fn` returns (nothing, or a Result<void>) while the office is ours is returned.
+  /// Blocks: in the caller's thread, until `fn` has returned in office, or `ctx` is done.
+  /// Errors: those of campaign and of `fn`. What `fn` throws is passed on, after resigning.
+  template <class Fn>
+  Result<void> lead(std::string name, std::string value, milliseconds ttl, Fn&& fn,
+                    Context ctx = {});
 
   explicit Election(std::shared_ptr<detail::CoordinatorState> state) : state_(std::move(state)) {}
 
@@ -1098,22 +1215,39 @@ class Election {
 
 /// One instance of a service. In etcd: `<key_prefix>/services/<name>/<id>`, as JSON.
 struct ServiceInfo {
-  std::string id;
-  std::string name;
-  std::string address;
-  int port{0};
-  std::map<std::string, std::string> metadata{};
-  milliseconds ttl{30000};  // how long the record outlives its process
+  std::string id;                                 // of this instance: "pay-1"
+  std::string name;                               // of the service: "payments"
+  std::string address;                            // where it is reached: a host or an IP
+  int port{0};                                    // 1-65535
+  std::map<std::string, std::string> metadata{};  // whatever callers need to know: {"zone", "a"}
+  milliseconds ttl{30000};                        // how long the record outlives its process
+
+  /// ServiceInfo::named("payments").with_id("pay-1").at("10.0.0.7", 8080): name and id cannot be
+  /// mixed up, as they can in ServiceInfo{"pay-1", "payments", ...}.
+  static ServiceInfo named(std::string name) {
+    ServiceInfo service;
+    service.name = std::move(name);
+    return service;
+  }
+  /// The same with an id, and with an address.
+  ServiceInfo with_id(std::string value) && { return id = std::move(value), std::move(*this); }
+  ServiceInfo at(std::string host, int at_port) && {
+    address = std::move(host);
+    port = at_port;
+    return std::move(*this);
+  }
 };
 
+/// All members are equal.
 bool operator==(const ServiceInfo& a, const ServiceInfo& b);
 bool operator!=(const ServiceInfo& a, const ServiceInfo& b);
 
+/// An instance has come, has changed or has gone.
 struct ServiceEvent {
   EventType type{EventType::Put};
   ServiceInfo service;                              // of a Delete: the last record
   std::chrono::system_clock::time_point timestamp;  // when it was received
-  std::int64_t revision{0};
+  std::int64_t revision{0};                         // of the change in etcd
 };
 
 /// What becomes of a registration whose record has vanished from etcd.
@@ -1122,15 +1256,19 @@ enum class HealPolicy {
   NotifyOnly  // the handler is told, and it stays away
 };
 
+/// How a registration stands; told to RegisterOptions::on_event at each change.
 enum class RegistrationEvent {
   Registered,  // the record is in etcd (again)
   Lost,        // it is gone: lease lost, key deleted, or etcd lost its data
   Replaced     // somebody else has registered the same name and id; ours gives way
 };
+/// "REGISTERED", "LOST", "REPLACED".
 const char* to_string(RegistrationEvent event);
 
+/// How a service is registered.
 struct RegisterOptions {
   HealPolicy heal{HealPolicy::Restore};
+  // On a callback thread, in order, until the registration ends.
   std::function<void(RegistrationEvent, const ServiceInfo&)> on_event{};
 };
 
@@ -1147,6 +1285,7 @@ class [[nodiscard]] Registration {
  public:
   /// As ServiceRegistry's, of this one. Errors: NotFound once it has ended.
   Result<std::int64_t> update(std::map<std::string, std::string> metadata, Context ctx = {});
+  /// Ends it before its destructor does, and says whether that has been done.
   Result<std::int64_t> unregister(Context ctx = {});
 
   explicit Registration(std::shared_ptr<detail::RegistrationState> state)
@@ -1183,7 +1322,7 @@ class [[nodiscard]] LiveView {
   detail::Handle<detail::ViewCore> core_;
 };
 
-/// The instances of one service.
+/// The instances of one service, for who calls it: no request is sent to know whom to call.
 class [[nodiscard]] ServiceView : public LiveView {
  public:
   enum class Pick { RoundRobin, Random };
@@ -1191,8 +1330,22 @@ class [[nodiscard]] ServiceView : public LiveView {
 
   /// All instances at one revision, by id. Local: no request is sent.
   std::vector<ServiceInfo> instances() const;
-  /// One of them. Errors: NotFound if there is none.
+  /// One of them, in turn or at random. Local. Errors: NotFound if there is none.
   Result<ServiceInfo> pick(Pick how = Pick::RoundRobin);
+  /// One of those that `matches`.
+  Result<ServiceInfo> pick(std::function<bool(const ServiceInfo&)> matches);
+  /// Which one is wanted; each member that is set narrows it down.
+  struct PickOptions {
+    Pick how{Pick::RoundRobin};
+    std::function<bool(const ServiceInfo&)> matches{};  // only those
+    // How often, one beside the other: at random. 0 or less: never.
+    std::function<double(const ServiceInfo&)> weight{};
+    std::string zone{};  // those whose metadata["zone"] it is, as long as there are any
+  };
+  Result<ServiceInfo> pick(const PickOptions& options);
+  /// For the caller of an instance that did not answer: it is not picked for `rest` (0: again from
+  /// now on), unless all that could be picked are resting. Of this view alone.
+  void report_failure(const std::string& id, milliseconds rest = milliseconds(10000));
 };
 
 /// Services by name. A name or id is one segment: not empty, no '/', not `.` or `..`.
@@ -1206,6 +1359,7 @@ class ServiceRegistry {
   Result<std::int64_t> register_service(ServiceInfo service, Context ctx = {}) {
     return register_service(std::move(service), RegisterOptions{}, std::move(ctx));
   }
+  /// The same with options.
   Result<std::int64_t> register_service(ServiceInfo service, RegisterOptions options,
                                         Context ctx = {});
   /// The same, until the handle is destroyed. Each handle is a registration of its own: the later
@@ -1230,12 +1384,14 @@ class ServiceRegistry {
   Result<Watch<ServiceEvent>> watch(std::string name, Context ctx = {}) {
     return watch(std::move(name), WatchOptions{}, std::move(ctx));
   }
+  /// The same, told to a handler: on a callback thread, one at a time, until the Subscription ends.
   Result<Subscription> watch(std::string name, std::function<void(const ServiceEvent&)> handler,
                              Context ctx = {}) {
     return watch(std::move(name), std::move(handler), WatchOptions{}, std::move(ctx));
   }
   Result<Subscription> watch(std::string name, std::function<void(const ServiceEvent&)> handler,
                              WatchOptions options, Context ctx = {});
+  /// A local copy of all instances that is kept up to date. Blocks: until it is there.
   Result<ServiceView> view(std::string name, Context ctx = {});
 
   explicit ServiceRegistry(std::shared_ptr<detail::CoordinatorState> state)
@@ -1247,19 +1403,21 @@ class ServiceRegistry {
 
 // == 11. Config =================================================================================
 
+/// A value was set, or removed. A template, so that nlohmann/json need not be complete here.
 template <class Json>
 struct BasicConfigEvent {
   EventType type{EventType::Put};
-  std::string key;                                  // as given to set()
+  std::string key;                                  // as given to set(), without the key_prefix
   Json value;                                       // of a Delete: null
   std::chrono::system_clock::time_point timestamp;  // when it was received
-  std::int64_t revision{0};
+  std::int64_t revision{0};                         // of the change in etcd
 };
 using ConfigEvent = BasicConfigEvent<nlohmann::json>;
 
+/// A value, and when it was changed last.
 template <class Json>
 struct BasicConfigEntry {
-  std::string key;
+  std::string key;  // as given to set()
   Json value;
   std::int64_t revision{0};  // of its last change: what compare_and_set expects
 };
@@ -1332,13 +1490,16 @@ class [[nodiscard]] ConfigView : public LiveView {
 
   /// Local: no request is sent. Errors: NotFound.
   Result<nlohmann::json> get(const std::string& key) const;
+  /// The same with its revision.
   Result<ConfigEntry> get_entry(const std::string& key) const;
+  /// As ConfigCenter::get_as. For one value that is read often see LiveConfig.
   template <class T, class Self = ConfigView>
   Result<T> get_as(const std::string& key) const {
     auto json = static_cast<const Self&>(*this).get(key);
     if (!json) return json.error();
     return detail::convert<T>(*json, key);
   }
+  /// All keys that there are, in order.
   std::vector<std::string> keys() const;
 };
 
@@ -1349,8 +1510,10 @@ class [[nodiscard]] ConfigView : public LiveView {
 /// back as a string.
 class ConfigCenter {
  public:
+  /// The value, asked for at etcd: for what is read often see view() and LiveConfig.
   /// Errors: NotFound.
   Result<nlohmann::json> get(std::string key, Context ctx = {});
+  /// The same with its revision, for compare_and_set.
   Result<ConfigEntry> get_entry(std::string key, Context ctx = {});
   /// As a C++ type: a number, bool or string exactly, another type as nlohmann/json converts it
   /// (without exceptions there are no others).
@@ -1362,13 +1525,30 @@ class ConfigCenter {
     return detail::convert<T>(*json, key);
   }
 
-  /// Returns the revision. Where the answer was lost and the key has the value, that is a success.
-  /// Errors: Validation if a string in it is not UTF-8, or it is over etcd's limit of 1.5 MiB.
+  /// Writes the value, whatever is there. Returns the revision. Where the answer was lost and the
+  /// key has the value, that is a success. Errors: Validation if a string in it is not UTF-8, or it
+  /// is over etcd's limit of 1.5 MiB.
   Result<std::int64_t> set(std::string key, const nlohmann::json& value, Context ctx = {});
   /// Writes only if the key was last changed at `expected_revision` (0 = must not exist); returns
   /// the new revision. Errors: Conflict if it was not.
   Result<std::int64_t> compare_and_set(std::string key, std::int64_t expected_revision,
                                        const nlohmann::json& value, Context ctx = {});
+  /// Changes a value whoever else changes it meanwhile: calls `fn(value)`, null where there is
+  /// none, and writes what that has made of it if nobody was faster; else again, after a pause.
+  /// `fn` returns nothing, or a Result<void>; an error ends it. Returns the revision; of what `fn`
+  /// leaves as it was, that one.
+  ///   c.config().update("jobs/done", [](nlohmann::json& n) { n = n.is_null() ? 1 : n.get<int>() +
+  ///   1; });
+  /// Errors: MaybeApplied where the answer was lost and the key has changed; Timeout also where
+  ///         others were faster all the time.
+  template <class Fn>
+  Result<std::int64_t> update(std::string key, Fn&& fn, Context ctx = {}) {
+    using Returned = detail::ResultOf<Fn, nlohmann::json&>;
+    static_assert(std::is_same_v<Returned, Result<void>>,
+                  "fn changes its argument, a json&, and returns nothing or a Result<void>");
+    auto change = [&fn](nlohmann::json& value) { return detail::call(fn, value); };
+    return update_with(std::move(key), change, std::move(ctx));
+  }
   /// Returns the revision. Errors: NotFound. Where the answer was lost nobody can tell who has
   /// removed a key that is gone: MaybeApplied.
   Result<std::int64_t> remove(std::string key, Context ctx = {});
@@ -1379,6 +1559,7 @@ class ConfigCenter {
   /// Every change of one key from now on. After a compaction: as ServiceRegistry::watch.
   Result<Watch<ConfigEvent>> watch(std::string key, WatchOptions options, Context ctx = {});
   Result<Watch<ConfigEvent>> watch(std::string key, Context ctx = {});
+  /// The same, told to a handler: as ServiceRegistry::watch.
   Result<Subscription> watch(std::string key, std::function<void(const ConfigEvent&)> handler,
                              Context ctx = {}) {
     return watch(std::move(key), std::move(handler), WatchOptions{}, std::move(ctx));
@@ -1397,30 +1578,30 @@ class ConfigCenter {
   Result<Subscription> watch_prefix(std::string prefix,
                                     std::function<void(const ConfigEvent&)> handler,
                                     WatchOptions options, Context ctx = {});
+  /// A local copy of what list(prefix) lists, kept up to date. Blocks: until it is there.
   Result<ConfigView> view(std::string prefix, Context ctx = {});
 
   explicit ConfigCenter(std::shared_ptr<detail::CoordinatorState> state)
       : state_(std::move(state)) {}
 
  private:
+  Result<std::int64_t> update_with(std::string key,
+                                   const std::function<Result<void>(nlohmann::json&)>& change,
+                                   Context ctx);
   detail::Share<detail::CoordinatorState> state_;
 };
 
 // == 12. Coordinator ============================================================================
 
-/// localhost:2379, 5 s, 3 attempts.
+/// CoordinatorOptions{}: localhost:2379, no login, 5 s, 3 attempts. See also options_from_env().
 CoordinatorOptions default_coordinator_options();
 
-/// The default options, changed by the environment variables of etcdctl: ETCDCTL_ENDPOINTS (with
-/// commas), _USER ("name" or "name:password"), _PASSWORD, _CACERT, _CERT, _KEY,
-/// _INSECURE_SKIP_TLS_VERIFY and _COMMAND_TIMEOUT ("5s", as Go writes it). An empty one counts as
-/// none. What cannot be read becomes what validate() refuses.
-CoordinatorOptions options_from_env();
-
-/// Errors: Validation, with the option that is wrong.
+/// What connect() looks at first; nothing is sent. Errors: Validation, with the option that is
+/// wrong.
 Result<void> validate(const CoordinatorOptions& options);
 
-/// The three services and the election over one etcd cluster. Move-only; the destructor closes.
+/// The three services and the election over one etcd cluster: one object is enough for a whole
+/// program. Move-only; the destructor closes.
 class [[nodiscard]] Coordinator {
  public:
   /// Checks the options, tries every endpoint until one answers, and logs in.
@@ -1432,7 +1613,7 @@ class [[nodiscard]] Coordinator {
   static Coordinator in_memory();
 #endif
 
-  // Copies of them may outlive the Coordinator; after a move they are the new one's.
+  // The services. Copies of them may outlive the Coordinator; after a move they are the new one's.
   DistributedLock& lock() & { return lock_; }
   ServiceRegistry& registry() & { return registry_; }
   ConfigCenter& config() & { return config_; }
@@ -1474,21 +1655,35 @@ Result<std::shared_ptr<Coordinator>> default_coordinator(Context ctx = {});
 /// Closes the default Coordinator, if there is one; the next use makes a new one.
 Result<void> close();
 
+// As the members of DistributedLock, ServiceRegistry and ConfigCenter with these names. Connecting
+// counts as part of the call, within its Context or CoordinatorOptions::timeout.
+
+/// DistributedLock::acquire. Blocks: until the lock is ours or `ctx` is done.
 Result<Lock> acquire_lock(std::string key, milliseconds ttl, Context ctx = {});
+/// DistributedLock::try_acquire. Errors: Conflict if somebody holds it.
 Result<Lock> try_acquire_lock(std::string key, milliseconds ttl, Context ctx = {});
+/// ServiceRegistry::register_service: until unregister_service() or close().
 Result<std::int64_t> register_service(ServiceInfo service, Context ctx = {});
+/// ServiceRegistry::unregister. Errors: NotFound if this process has not registered it.
 Result<std::int64_t> unregister_service(std::string id, Context ctx = {});
+/// ServiceRegistry::discover: the instances, by id; none is no error.
 Result<std::vector<ServiceInfo>> discover_services(std::string name, Context ctx = {});
+/// ServiceRegistry::watch: every change from now on.
 Result<Watch<ServiceEvent>> watch_services(std::string name, Context ctx = {});
 Result<Subscription> watch_services(std::string name,
                                     std::function<void(const ServiceEvent&)> handler,
                                     Context ctx = {});
+/// ConfigCenter::get. Errors: NotFound.
 Result<nlohmann::json> get_config(std::string key, Context ctx = {});
+/// ConfigCenter::set; returns the revision.
 Result<std::int64_t> set_config(std::string key, const nlohmann::json& value, Context ctx = {});
+/// ConfigCenter::remove. Errors: NotFound.
 Result<std::int64_t> delete_config(std::string key, Context ctx = {});
+/// ConfigCenter::watch: every change of one key from now on.
 Result<Watch<ConfigEvent>> watch_config(std::string key, Context ctx = {});
 Result<Subscription> watch_config(std::string key, std::function<void(const ConfigEvent&)> handler,
                                   Context ctx = {});
+/// ConfigCenter::list: the keys under `prefix`, in order.
 Result<std::vector<std::string>> list_configs(std::string prefix, Context ctx = {});
 
 // == 14. MemoryEtcd =============================================================================
@@ -1576,6 +1771,138 @@ class MemoryEtcd : public Transport {
 
 #endif  // COORDINATION_MEMORY_ETCD
 
+// == 15. Recipes ================================================================================
+//
+// What many programs write by hand: a few lines each over the sections above. Others stand where
+// they belong: Context::on_signals, DistributedLock::with_lock and lease_slot, Election::lead,
+// ServiceView::pick, ConfigCenter::update.
+
+/// The default options, changed by the environment variables of etcdctl: ETCDCTL_ENDPOINTS (with
+/// commas), _USER ("name" or "name:password"), _PASSWORD, _CACERT, _CERT, _KEY,
+/// _INSECURE_SKIP_TLS_VERIFY and _COMMAND_TIMEOUT ("5s", as Go writes it). An empty one counts as
+/// none. What cannot be read becomes what validate() refuses.
+CoordinatorOptions options_from_env();
+
+/// A number that is ours, and all that a Lock has. Made by DistributedLock::lease_slot.
+class [[nodiscard]] Slot : public Lock {
+ public:
+  Slot(Lock lock, int number) : Lock(std::move(lock)), number_(number) {}
+  /// From 0 to count - 1. After a loss somebody else may have it: see held() and on_lost().
+  int number() const { return number_; }
+
+ private:
+  int number_;
+};
+
+template <class Fn>
+Result<void> Election::lead(std::string name, std::string value, milliseconds ttl, Fn&& fn,
+                            Context ctx) {
+  while (true) {
+    auto leadership = campaign(name, value, ttl, ctx);
+    if (!leadership) return leadership.error();
+    auto office = Context::child_of(ctx);
+    leadership->on_lost([office](const Error&) { office.cancel(); });
+    auto term = [&](Leadership& ours) { return fn(ours, office); };
+    Result<void> done = detail::call(term, *leadership);
+    auto resigned = leadership->resign();
+    bool lost = !resigned && resigned.error().code == ErrorCode::Lost;
+    if (!lost) return done;
+  }
+}
+
+namespace detail {
+
+/// What LiveConfig<T> shows: a `const T`, and since when.
+struct LiveValue {
+  std::shared_ptr<const void> value;
+  std::int64_t revision{0};
+  std::optional<Error> error{};
+};
+class LiveState;
+using LiveDecode = std::function<Result<std::shared_ptr<const void>>(const nlohmann::json&)>;
+using LiveHandler = std::function<void(const void* old, const void* now)>;
+
+Result<std::shared_ptr<LiveState>> follow_config(ConfigCenter& config, std::string key,
+                                                 std::shared_ptr<const void> initial,
+                                                 LiveDecode decode, Context ctx);
+std::shared_ptr<const LiveValue> live_value(const LiveState& live);
+void on_live_change(LiveState& live, LiveHandler handler);
+Result<void> wait_for_live(LiveState& live, std::int64_t revision, const Context& ctx);
+const LiveView& live_view(const LiveState& live);
+
+}  // namespace detail
+
+/// One configuration value as a T that follows its key, for what is read on every request: a
+/// number, bool, string, json, or what nlohmann/json converts (see ConfigCenter::get_as).
+///
+///   auto limits = LiveConfig<Limits>::follow(c.config(), "limits", Limits{100}).value();
+///   if (used > limits->rate) ...
+///
+/// What cannot be used (no T, refused by the validator, removed) changes nothing: the last good
+/// value stays, and error() says why. Copies share one value; the last of them ends it.
+template <class T>
+class [[nodiscard]] LiveConfig {
+ public:
+  /// Refuses a value by an Error: Error::make(ErrorCode::Validation, "rate must be positive"), or
+  /// by throwing. It is also asked for the first one, but not for `initial`.
+  using Validator = std::function<Result<void>(const T& value)>;
+
+  /// Blocks: until the present value has been read. Errors: those of ConfigCenter::view; a value
+  ///         that cannot be used is none: see error().
+  static Result<LiveConfig> follow(ConfigCenter& config, std::string key, T initial,
+                                   Validator validator = nullptr, Context ctx = {}) {
+    auto decode = [key, valid = std::move(validator)](
+                      const nlohmann::json& stored) -> Result<std::shared_ptr<const void>> {
+      auto value = detail::convert<T>(stored, key);
+      if (!value) return value.error();
+      auto judged = valid ? valid(*value) : Result<void>();
+      if (!judged) return judged.error();
+      return std::shared_ptr<const void>(std::make_shared<const T>(std::move(*value)));
+    };
+    auto live =
+        detail::follow_config(config, std::move(key), std::make_shared<const T>(std::move(initial)),
+                              std::move(decode), std::move(ctx));
+    if (!live) return live.error();
+    return LiveConfig(std::move(*live));
+  }
+
+  /// The last good value; never null. It stays as it is while it is kept: for several members of
+  /// one value. Local: a pointer is copied, whoever reads delays nobody and waits for nobody.
+  std::shared_ptr<const T> get() const {
+    auto shown = detail::live_value(*live_);
+    return std::shared_ptr<const T>(shown, static_cast<const T*>(shown->value.get()));
+  }
+  std::shared_ptr<const T> operator->() const { return get(); }
+  /// A copy of it.
+  T operator*() const { return *get(); }
+  /// Of the last good value; 0 = `initial`.
+  std::int64_t revision() const { return detail::live_value(*live_)->revision; }
+  /// Why what is in etcd now is not shown: NotFound if there is no such key, Validation if it
+  /// cannot be used, PermissionDenied if it may not be read any more. Nothing: it is.
+  std::optional<Error> error() const { return detail::live_value(*live_)->error; }
+  /// Calls `handler` with the value before and the one since then, after every change that is
+  /// shown; several may be told as one. Threads: as the handlers of LiveView::on_change.
+  void on_change(std::function<void(const T& old, const T& now)> handler) {
+    detail::on_live_change(*live_,
+                           [handler = std::move(handler)](const void* old, const void* now) {
+                             handler(*static_cast<const T*>(old), *static_cast<const T*>(now));
+                           });
+  }
+  /// Blocks: as LiveView::wait_for; then get() or error() tells of this revision or a later one.
+  Result<void> wait_for(std::int64_t revision, Context ctx = {}) const {
+    return detail::wait_for_live(*live_, revision, ctx);
+  }
+  /// What it rests on: connected(), age().
+  const LiveView& view() const { return detail::live_view(*live_); }
+
+  LiveConfig(const LiveConfig&) = default;  // and no move: there is no empty one
+  LiveConfig& operator=(const LiveConfig&) = default;
+
+ private:
+  explicit LiveConfig(std::shared_ptr<detail::LiveState> live) : live_(std::move(live)) {}
+  std::shared_ptr<detail::LiveState> live_;
+};
+
 }  // namespace v0
 }  // namespace coordination
 
@@ -1606,6 +1933,7 @@ class MemoryEtcd : public Transport {
 #include <cerrno>
 #include <cmath>
 #include <condition_variable>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -1623,8 +1951,11 @@ class MemoryEtcd : public Transport {
 #include <nlohmann/json.hpp>
 
 #if defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
 #include <process.h>
 #else
+#include <fcntl.h>
 #include <pthread.h>
 #include <unistd.h>
 #endif
@@ -1645,8 +1976,6 @@ class MemoryEtcd : public Transport {
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
-
-#include <csignal>
 #endif
 #ifdef CPPHTTPLIB_OPENSSL_SUPPORT
 #include <openssl/err.h>
@@ -1708,12 +2037,7 @@ COORDINATION_API void raise(const Error& error) {
 
 COORDINATION_API Error make_error(ErrorCode code, std::string message, std::string cause = {},
                                   Outcome outcome = Outcome::NotApplied) {
-  Error error;
-  error.code = code;
-  error.message = std::move(message);
-  error.cause = std::move(cause);
-  error.outcome = outcome;
-  return error;
+  return Error::make(code, std::move(message), std::move(cause), outcome);
 }
 
 COORDINATION_API Error invalid(std::string message) {
@@ -2062,11 +2386,15 @@ class Log {
 
   void operator()(LogLevel level, std::string_view message, LogFields fields = {}) const {
     if (!writer_->logger) return;
+    tell([writer = writer_, level, text = std::string(message), fields = std::move(fields)] {
+      writer->logger(level, text, fields);
+    });
+  }
+  /// Has a function of the user's called in the same way.
+  void tell(Task task) const {
     if (writer_->waiting >= kMostWaiting) return void(++writer_->dropped);
     ++writer_->waiting;
-    post_([writer = writer_, level, text = std::string(message), fields = std::move(fields)] {
-      writer->write(level, text, fields);
-    });
+    post_([writer = writer_, task = std::move(task)] { writer->run(task); });
   }
 
  private:
@@ -2076,10 +2404,10 @@ class Log {
     Logger logger;
     std::atomic<std::size_t> waiting{0}, dropped{0};
 
-    void write(LogLevel level, const std::string& text, const LogFields& fields) {
-      guarded([&] { logger(level, text, fields); });
+    void run(const Task& task) {
+      guarded(task);
       auto lost = --waiting == 0 ? dropped.exchange(0) : 0;
-      if (lost == 0) return;
+      if (lost == 0 || !logger) return;
       auto lines = std::to_string(lost);
       guarded([&] { logger(LogLevel::Warn, "the Logger is too slow", {{"lines lost", lines}}); });
     }
@@ -2668,6 +2996,10 @@ COORDINATION_API std::optional<std::chrono::steady_clock::time_point> Context::d
   return state_->deadline;
 }
 
+COORDINATION_API bool Context::sleep_for(milliseconds time) const {
+  return detail::pause(*this, time);
+}
+
 COORDINATION_API Context::Hook Context::on_cancel(std::function<void()> handler) const {
   detail::ContextState::Listener listener{std::move(handler), {}};
   auto id = state_->add(listener);
@@ -2686,10 +3018,29 @@ COORDINATION_API const char* to_string(LogLevel level) {
   return "ERROR";
 }
 
+namespace detail {
+/// "2031-05-07T08:09:10.123Z".
+COORDINATION_API std::string utc(std::chrono::system_clock::time_point time) {
+  auto seconds = std::chrono::system_clock::to_time_t(time);
+  auto since = std::chrono::duration_cast<milliseconds>(time.time_since_epoch()).count();
+  std::tm parts{};
+#if defined(_WIN32)
+  gmtime_s(&parts, &seconds);
+#else
+  gmtime_r(&seconds, &parts);
+#endif
+  std::array<char, 32> text{};
+  auto length = std::strftime(text.data(), text.size(), "%Y-%m-%dT%H:%M:%S", &parts);
+  std::snprintf(text.data() + length, text.size() - length, ".%03dZ",
+                static_cast<int>(since % 1000));
+  return text.data();
+}
+}  // namespace detail
+
 COORDINATION_API Logger stderr_logger(LogLevel minimum) {
   return [minimum](LogLevel level, std::string_view message, const LogFields& fields) {
     if (level < minimum) return;
-    std::string line = to_string(level);
+    auto line = detail::utc(std::chrono::system_clock::now()) + " " + to_string(level);
     line.append(" ").append(message);
     for (const auto& field : fields) line += " " + field.first + "=" + field.second;
     std::fprintf(stderr, "%s\n", detail::printable(line).c_str());
@@ -5012,6 +5363,8 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   /// One request to one member. A user's transport that overruns the deadline of `ctx`, which must
   /// be this request's own, is cancelled. What it throws is an error of this request.
   Result<HttpResponse> perform(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
+  /// The same, told to nobody.
+  Result<HttpResponse> send(const HttpRequest& http, const ChunkSink& sink, const Context& ctx);
 
   /// Something on the way does not pass `Connection: close` on: see stream().
   std::atomic<bool> pads_bodies{false};
@@ -5476,15 +5829,37 @@ COORDINATION_API HttpRequest ClientState::request(std::size_t member, const Call
 COORDINATION_API Result<HttpResponse> ClientState::perform(const HttpRequest& http,
                                                            const ChunkSink& sink,
                                                            const Context& ctx) {
+  if (!options.on_request) return send(http, sink, ctx);
+  RequestEvent event;
+  auto count = [&](std::string_view bytes) {
+    event.bytes_received += bytes.size();
+    return sink(bytes);
+  };
+  auto began = steady_clock::now();
+  auto response = send(http, sink ? ChunkSink(count) : nullptr, ctx);
+  auto took = steady_clock::now() - began;
+  event.duration = std::chrono::duration_cast<std::chrono::microseconds>(took);
+  event.path = http.path;
+  event.endpoint = http.endpoint;
+  event.bytes_sent = http.body.size();
+  if (!response) event.error = response.error();
+  if (response) event.status = response->status;
+  if (response) event.bytes_received += response->body.size();
+  log->tell([handler = options.on_request, event = std::move(event)] { handler(event); });
+  return response;
+}
+
+COORDINATION_API Result<HttpResponse> ClientState::send(const HttpRequest& http,
+                                                        const ChunkSink& sink, const Context& ctx) {
   Result<HttpResponse> response = HttpResponse{};
-  auto send = [&] { response = transport->perform(http, sink, ctx); };
+  auto perform = [&] { response = transport->perform(http, sink, ctx); };
   std::optional<std::string> thrown;
   if (!ctx.deadline() || !options.transport) {  // our own keeps deadlines
-    thrown = guarded(send);
+    thrown = guarded(perform);
   } else {
     auto late = *ctx.deadline() + milliseconds(20);
     auto watchdog = executor->timer.at(late, [ctx] { ctx.cancel(); });
-    thrown = guarded(send);
+    thrown = guarded(perform);
     executor->timer.cancel(watchdog);
   }
   if (!thrown) return response;
@@ -6040,6 +6415,7 @@ COORDINATION_API Result<nlohmann::json> Client::call(std::string path, const nlo
 
 namespace detail {
 
+/// As etcdctl shows it, and as it stands in keys.
 COORDINATION_API std::string lease_hex(std::int64_t lease) {
   std::array<char, 17> text{};
   std::snprintf(text.data(), text.size(), "%llx", static_cast<unsigned long long>(lease));
@@ -6243,7 +6619,7 @@ COORDINATION_API Result<LeasePtr> LeaseKeeper::ask_for(milliseconds ttl, const C
   // The client chooses the id: the same grant sent twice is one lease.
   auto id = static_cast<std::int64_t>(random_number() >> 2) + 1;
   auto strand = std::make_shared<Strand>(client->executor, client->executor->losses, client->log,
-                                         "on_lost of the lease " + std::to_string(id));
+                                         "on_lost of the lease " + lease_hex(id));
   auto lease = std::make_shared<LeaseState>(id, client->clock, std::move(strand));
   lease->client = client;
   lease->asked = ttl;
@@ -6353,7 +6729,7 @@ COORDINATION_API void LeaseKeeper::lost(const LeasePtr& lease, const char* why) 
   auto client = client_.lock();
   if (!client || !lease->lose(lease_lost(why))) return;
   (*client->log)(LogLevel::Warn, "a lease is lost",
-                 {{"lease", std::to_string(lease->id)}, {"why", why}});
+                 {{"lease", lease_hex(lease->id)}, {"why", why}});
   // It may live on in etcd, where it would keep others out.
   revoke_later(lease->id, lease->ttl(), true);
   forget(lease->id);
@@ -9410,9 +9786,10 @@ struct ViewCore : EventPort, std::enable_shared_from_this<ViewCore> {
   std::string prefix{};   // of the keys, taken off before they are shown
   std::function<bool(const std::string&)> shows{};
   std::atomic<std::uint64_t> turn{0};  // of the round robin
-  std::mutex decoding;                 // taken before the feed's; guards `decoded`
+  std::mutex decoding;                 // taken before the feed's; guards `decoded` and `resting`
   bool stale{true};                    // `decoded` is; the feed's mutex guards it
   std::shared_ptr<const std::vector<ServiceInfo>> decoded{};
+  std::map<std::string, SteadyTime> resting{};  // instances that have failed, and until when
 };
 
 template <class View>
@@ -9560,13 +9937,6 @@ COORDINATION_API void detail::let_go(const std::shared_ptr<ViewCore>& view) { vi
 
 COORDINATION_API std::vector<ServiceInfo> ServiceView::instances() const {
   return *detail::decoded_services(*core_);
-}
-
-COORDINATION_API Result<ServiceInfo> ServiceView::pick(Pick how) {
-  auto services = detail::decoded_services(*core_);
-  if (services->empty()) return core_->missing("no instance under " + core_->prefix);
-  auto turn = how == Pick::Random ? detail::random_number() : core_->turn++;
-  return (*services)[turn % services->size()];
 }
 
 COORDINATION_API Result<void> LiveView::wait_for(std::int64_t revision, Context ctx) const {
@@ -9861,80 +10231,6 @@ COORDINATION_API std::vector<std::string> ConfigView::keys() const {
 // == 12. Coordinator ============================================================================
 
 COORDINATION_API CoordinatorOptions default_coordinator_options() { return {}; }
-
-namespace detail {
-
-COORDINATION_API std::string variable(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? value : "";
-}
-
-/// Digits, with a point among them or not: in no locale but C's. Negative if it is no number.
-COORDINATION_API double plain_number(std::string_view text) {
-  double value = 0, place = 0;  // of the next digit behind the point
-  for (char c : text) {
-    if (c == '.' && place > 0) return -1;
-    place = c == '.' ? 1 : place * 10;
-    if (c != '.') value = value * 10 + (c - '0');
-  }
-  return text.empty() || text == "." ? -1 : place > 0 ? value / place : value;
-}
-
-/// A duration as Go writes it ("1m30s", "1.5s", "200ms"); 0 if it is none.
-COORDINATION_API milliseconds go_duration(std::string_view text) {
-  static const std::map<std::string_view, double> kUnits{
-      {"ms", 1}, {"s", 1000}, {"m", 60 * 1000}, {"h", 60 * 60 * 1000}};
-  constexpr const char* kDigits = "0123456789.";
-  double sum = 0;
-  while (!text.empty()) {
-    auto unit = (std::min)(text.find_first_not_of(kDigits), text.size());
-    auto end = (std::min)(text.find_first_of(kDigits, unit), text.size());
-    auto number = plain_number(text.substr(0, unit));
-    auto factor = kUnits.find(text.substr(unit, end - unit));
-    if (number < 0 || factor == kUnits.end()) return milliseconds(0);
-    sum += number * factor->second;
-    text.remove_prefix(end);
-  }
-  return milliseconds(static_cast<std::int64_t>((std::min)(sum, 1e15)));
-}
-
-COORDINATION_API std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> parts{""};
-  for (char c : text) {
-    if (c == separator) {
-      parts.emplace_back();
-    } else if (c != ' ') {
-      parts.back() += c;
-    }
-  }
-  return parts;
-}
-
-COORDINATION_API void login_from_env(CoordinatorOptions& options) {
-  options.username = variable("ETCDCTL_USER");
-  options.password = variable("ETCDCTL_PASSWORD");
-  auto colon = options.username.find(':');
-  if (!options.password.empty() || colon == std::string::npos) return;
-  options.password = options.username.substr(colon + 1);
-  options.username.resize(colon);
-}
-
-}  // namespace detail
-
-COORDINATION_API CoordinatorOptions options_from_env() {
-  CoordinatorOptions options;
-  auto endpoints = detail::variable("ETCDCTL_ENDPOINTS");
-  if (!endpoints.empty()) options.endpoints = detail::split(endpoints, ',');
-  detail::login_from_env(options);
-  options.tls.ca_file = detail::variable("ETCDCTL_CACERT");
-  options.tls.cert_file = detail::variable("ETCDCTL_CERT");
-  options.tls.key_file = detail::variable("ETCDCTL_KEY");
-  auto insecure = detail::variable("ETCDCTL_INSECURE_SKIP_TLS_VERIFY");
-  options.tls.verify_server = insecure.empty() || insecure == "false" || insecure == "0";
-  auto timeout = detail::variable("ETCDCTL_COMMAND_TIMEOUT");
-  if (!timeout.empty()) options.timeout = detail::go_duration(timeout);
-  return options;
-}
 
 namespace detail {
 
@@ -12087,6 +12383,411 @@ COORDINATION_API Coordinator Coordinator::in_memory() {
 }
 
 #endif  // COORDINATION_MEMORY_ETCD
+
+// == 15. Recipes ================================================================================
+
+namespace detail {
+
+COORDINATION_API std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+/// Digits, with a point among them or not: in no locale but C's. Negative if it is no number.
+COORDINATION_API double plain_number(std::string_view text) {
+  double value = 0, place = 0;  // of the next digit behind the point
+  for (char c : text) {
+    if (c == '.' && place > 0) return -1;
+    place = c == '.' ? 1 : place * 10;
+    if (c != '.') value = value * 10 + (c - '0');
+  }
+  return text.empty() || text == "." ? -1 : place > 0 ? value / place : value;
+}
+
+/// A duration as Go writes it ("1m30s", "1.5s", "200ms"); 0 if it is none.
+COORDINATION_API milliseconds go_duration(std::string_view text) {
+  static const std::map<std::string_view, double> kUnits{
+      {"ms", 1}, {"s", 1000}, {"m", 60 * 1000}, {"h", 60 * 60 * 1000}};
+  constexpr const char* kDigits = "0123456789.";
+  double sum = 0;
+  while (!text.empty()) {
+    auto unit = (std::min)(text.find_first_not_of(kDigits), text.size());
+    auto end = (std::min)(text.find_first_of(kDigits, unit), text.size());
+    auto number = plain_number(text.substr(0, unit));
+    auto factor = kUnits.find(text.substr(unit, end - unit));
+    if (number < 0 || factor == kUnits.end()) return milliseconds(0);
+    sum += number * factor->second;
+    text.remove_prefix(end);
+  }
+  return milliseconds(static_cast<std::int64_t>((std::min)(sum, 1e15)));
+}
+
+COORDINATION_API std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts{""};
+  for (char c : text) {
+    if (c == separator) {
+      parts.emplace_back();
+    } else if (c != ' ') {
+      parts.back() += c;
+    }
+  }
+  return parts;
+}
+
+COORDINATION_API void login_from_env(CoordinatorOptions& options) {
+  options.username = variable("ETCDCTL_USER");
+  options.password = variable("ETCDCTL_PASSWORD");
+  auto colon = options.username.find(':');
+  if (!options.password.empty() || colon == std::string::npos) return;
+  options.password = options.username.substr(colon + 1);
+  options.username.resize(colon);
+}
+
+}  // namespace detail
+
+COORDINATION_API CoordinatorOptions options_from_env() {
+  CoordinatorOptions options;
+  auto endpoints = detail::variable("ETCDCTL_ENDPOINTS");
+  if (!endpoints.empty()) options.endpoints = detail::split(endpoints, ',');
+  detail::login_from_env(options);
+  options.tls.ca_file = detail::variable("ETCDCTL_CACERT");
+  options.tls.cert_file = detail::variable("ETCDCTL_CERT");
+  options.tls.key_file = detail::variable("ETCDCTL_KEY");
+  auto insecure = detail::variable("ETCDCTL_INSECURE_SKIP_TLS_VERIFY");
+  options.tls.verify_server = insecure.empty() || insecure == "false" || insecure == "0";
+  auto timeout = detail::variable("ETCDCTL_COMMAND_TIMEOUT");
+  if (!timeout.empty()) options.timeout = detail::go_duration(timeout);
+  return options;
+}
+
+namespace detail {
+
+/// Signals that end Contexts. Their handler may do next to nothing: it writes into a pipe, which a
+/// thread reads. Never destroyed.
+class Signals {
+ public:
+  void listen(std::vector<int> numbers, const Context& ctx) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!reading_ && !(reading_ = start())) return;
+    for (int number : numbers) std::signal(number, on_signal);
+    waiting_.push_back({std::move(numbers), ctx});
+  }
+
+ private:
+  struct Waiting {
+    std::vector<int> numbers;
+    Context ctx;
+    bool has(int number) const {
+      return std::find(numbers.begin(), numbers.end(), number) != numbers.end();
+    }
+  };
+  /// Where the handler writes: constants to begin with, since it may not wait for their making.
+  struct Target {
+    std::atomic<int> pipe{-1};
+    std::atomic<int> process{0};  // this_process() may be late, right after a fork()
+  };
+  static Target& target() {
+    static Target one;
+    return one;
+  }
+
+  static void on_signal(int number) {
+    const int before = errno;
+    bool mine = target().process == process_id();  // and not the pipe of a parent
+    bool told = mine && write_byte(target().pipe, static_cast<unsigned char>(number)) == 1;
+    if (!told) {
+      std::signal(number, SIG_DFL);
+      std::raise(number);
+    }
+    errno = before;
+  }
+
+#if defined(_WIN32)
+  static int process_id() { return _getpid(); }
+  static int make_pipe(int* ends) { return _pipe(ends, 256, _O_BINARY | _O_NOINHERIT); }
+  static int write_byte(int pipe, unsigned char byte) { return _write(pipe, &byte, 1); }
+  static int read_byte(int pipe, unsigned char& byte) { return _read(pipe, &byte, 1); }
+#else
+  static int process_id() { return getpid(); }
+  static int make_pipe(int* ends) {
+    if (::pipe(ends) != 0) return -1;
+    for (int i : {0, 1}) static_cast<void>(fcntl(ends[i], F_SETFD, FD_CLOEXEC));
+    return 0;
+  }
+  static ssize_t write_byte(int pipe, unsigned char byte) { return ::write(pipe, &byte, 1); }
+  static ssize_t read_byte(int pipe, unsigned char& byte) { return ::read(pipe, &byte, 1); }
+#endif
+
+  /// False: the system has no pipe or no thread to give.
+  bool start() {
+    std::array<int, 2> ends{};
+    if (!made_ && make_pipe(ends.data()) != 0) return false;
+    if (!std::exchange(made_, true)) pipe_ = ends[0], target().pipe = ends[1];
+    target().process = process_id();
+    return !guarded([this] { std::thread([this] { run(); }).detach(); });
+  }
+
+  void run() {
+    unsigned char byte = 0;
+    for (auto got = read_byte(pipe_, byte); got > 0 || errno == EINTR;
+         got = read_byte(pipe_, byte)) {
+      if (got > 0) end(byte);
+    }
+  }
+
+  void end(int number) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    auto first = std::stable_partition(waiting_.begin(), waiting_.end(),
+                                       [&](const auto& one) { return !one.has(number); });
+    std::vector<Waiting> ended(first, waiting_.end());
+    waiting_.erase(first, waiting_.end());
+    for (auto& one : ended) {
+      for (int each : one.numbers) {
+        bool needed = std::any_of(waiting_.begin(), waiting_.end(),
+                                  [each](const auto& other) { return other.has(each); });
+        if (!needed) std::signal(each, SIG_DFL);
+      }
+    }
+    lock.unlock();
+    for (auto& one : ended) one.ctx.cancel();
+  }
+
+  std::mutex mutex_;  // guards the rest
+  std::vector<Waiting> waiting_;
+  int pipe_{-1};
+  bool made_{false}, reading_{false};
+};
+
+}  // namespace detail
+
+COORDINATION_API Context Context::on_signals(std::initializer_list<int> signals) {
+  Context ctx;
+  detail::process_wide<detail::Signals>().listen(signals, ctx);
+  return ctx;
+}
+
+COORDINATION_API Result<Slot> DistributedLock::lease_slot(std::string name, int count,
+                                                          milliseconds ttl, Context ctx) {
+  if (count <= 0) return detail::invalid("a number of " + std::to_string(count) + " slots");
+  ctx = state_->client->bounded(ctx);
+  const auto slots = static_cast<std::uint64_t>(count);
+  const auto first = detail::random_number() % slots;  // so that many who begin seldom meet
+  for (std::uint64_t i = 0; i < slots; ++i) {
+    auto number = static_cast<int>((first + i) % slots);
+    auto lock = try_acquire(name + "/" + std::to_string(number), ttl, ctx);
+    if (lock) return Slot(std::move(*lock), number);
+    if (lock.error().code != ErrorCode::Conflict) return lock.error();
+  }
+  return Error::make(ErrorCode::Conflict,
+                     "all " + std::to_string(count) + " slots of " + name + " are taken");
+}
+
+namespace detail {
+
+using Choice = std::vector<const ServiceInfo*>;
+
+/// Those that fit; all where none does.
+template <class Fits>
+Choice preferred(Choice from, Fits fits) {
+  Choice some;
+  std::copy_if(from.begin(), from.end(), std::back_inserter(some), fits);
+  return some.empty() ? from : some;
+}
+
+/// What may be picked.
+COORDINATION_API Choice candidates(const std::vector<ServiceInfo>& services,
+                                   const std::map<std::string, SteadyTime>& resting,
+                                   const ServiceView::PickOptions& options) {
+  Choice choice;
+  choice.reserve(services.size());
+  for (auto& service : services) {
+    bool may = (!options.matches || options.matches(service)) &&
+               (!options.weight || options.weight(service) > 0);
+    if (may) choice.push_back(&service);
+  }
+  if (!resting.empty()) {
+    choice = preferred(std::move(choice),
+                       [&](const ServiceInfo* one) { return resting.count(one->id) == 0; });
+  }
+  if (options.zone.empty()) return choice;
+  return preferred(std::move(choice), [&](const ServiceInfo* one) {
+    auto zone = one->metadata.find("zone");
+    return zone != one->metadata.end() && zone->second == options.zone;
+  });
+}
+
+/// One of them, as often as its weight says.
+COORDINATION_API const ServiceInfo& by_weight(
+    const Choice& choice, const std::function<double(const ServiceInfo&)>& weight) {
+  std::vector<double> ends;
+  for (auto* one : choice) {
+    auto least = ends.empty() ? 0.0 : ends.back();
+    ends.push_back(least + std::clamp(weight(*one), 0.0, 1e100));
+  }
+  auto point = ends.back() * std::ldexp(static_cast<double>(random_number() >> 11), -53);
+  auto at = std::upper_bound(ends.begin(), ends.end(), point) - ends.begin();
+  return *choice[(std::min)(static_cast<std::size_t>(at), choice.size() - 1)];
+}
+
+/// Those of a view that rest now, and until when.
+COORDINATION_API std::map<std::string, SteadyTime> resting_now(ViewCore& view) {
+  auto now = view.client->clock->now();
+  std::lock_guard<std::mutex> lock(view.decoding);
+  for (auto it = view.resting.begin(); it != view.resting.end();) {
+    it = it->second <= now ? view.resting.erase(it) : std::next(it);
+  }
+  return view.resting;
+}
+
+}  // namespace detail
+
+COORDINATION_API Result<ServiceInfo> ServiceView::pick(Pick how) {
+  PickOptions options;
+  options.how = how;
+  return pick(options);
+}
+
+COORDINATION_API Result<ServiceInfo> ServiceView::pick(
+    std::function<bool(const ServiceInfo&)> matches) {
+  PickOptions options;
+  options.matches = std::move(matches);
+  return pick(options);
+}
+
+COORDINATION_API Result<ServiceInfo> ServiceView::pick(const PickOptions& options) {
+  auto services = detail::decoded_services(*core_);
+  auto choice = detail::candidates(*services, detail::resting_now(*core_), options);
+  if (choice.empty()) return core_->missing("no instance under " + core_->prefix);
+  if (options.weight) return detail::by_weight(choice, options.weight);
+  auto turn = options.how == Pick::Random ? detail::random_number() : core_->turn++;
+  return *choice[turn % choice.size()];
+}
+
+COORDINATION_API void ServiceView::report_failure(const std::string& id, milliseconds rest) {
+  auto until = core_->client->clock->now() + (std::min)(rest, detail::kLongest);
+  std::lock_guard<std::mutex> lock(core_->decoding);
+  core_->resting[id] = until;
+}
+
+COORDINATION_API Result<std::int64_t> ConfigCenter::update_with(
+    std::string key, const std::function<Result<void>(nlohmann::json&)>& change, Context ctx) {
+  ctx = state_->client->bounded(ctx);
+  detail::Backoff backoff(milliseconds(5), milliseconds(500));
+  while (true) {
+    auto found = get_entry(key, ctx);
+    bool missing = !found && found.error().code == ErrorCode::NotFound;
+    if (!found && !missing) return found.error();
+    auto seen = missing ? ConfigEntry{} : std::move(*found);
+    auto value = seen.value;
+    auto changed = change(value);
+    if (!changed) return changed.error();
+    if (value == seen.value) return seen.revision;
+    auto written = compare_and_set(key, seen.revision, value, ctx);
+    bool beaten = !written && written.error().code == ErrorCode::Conflict;
+    if (!beaten) return written;
+    if (!ctx.sleep_for(backoff.next())) {
+      return detail::context_error(ctx, "the configuration " + key + " was not changed",
+                                   "others were faster all the time");
+    }
+  }
+}
+
+namespace detail {
+
+/// A view of one key, and what was made of it last.
+class LiveState {
+ public:
+  LiveState(ConfigView view, std::string key, std::shared_ptr<const void> initial,
+            LiveDecode decode)
+      : key_(std::move(key)), decode_(std::move(decode)),
+        shown_(std::make_shared<const LiveValue>(LiveValue{std::move(initial)})),
+        view_(std::move(view)) {}
+
+  void begin() {
+    refresh();
+    on_change(nullptr);
+    view_.on_end([this](const Error& error) { fail(error); });
+  }
+
+  std::shared_ptr<const LiveValue> shown() const { return std::atomic_load(&shown_); }
+  const ConfigView& view() const { return view_; }
+
+  void refresh() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto entry = view_.get_entry(key_);
+    if (!entry) return seen_ = 0, refuse(entry.error());
+    if (std::exchange(seen_, entry->revision) == entry->revision) return;
+    Result<std::shared_ptr<const void>> value(std::shared_ptr<const void>{});
+    auto thrown = guarded([&] { value = decode_(entry->value); });
+    if (thrown) value = make_error(ErrorCode::Validation, key_ + " was refused", *thrown);
+    if (!value) return refuse(value.error());
+    show({std::move(*value), entry->revision});
+  }
+
+  /// Each handler sees to it that it is told of the latest, whichever of them runs first. It may
+  /// end this.
+  void on_change(LiveHandler handler) {
+    view_.on_change([this, handler = std::move(handler), told = shown()]() mutable {
+      refresh();
+      auto before = std::exchange(told, shown());
+      bool changed = before->value != told->value;
+      if (handler && changed) handler(before->value.get(), told->value.get());
+    });
+  }
+
+ private:
+  void show(LiveValue value) {
+    std::atomic_store(&shown_, std::make_shared<const LiveValue>(std::move(value)));
+  }
+  void refuse(const Error& error) {
+    auto now = *shown();
+    now.error = error;
+    show(std::move(now));
+  }
+  void fail(const Error& error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    refuse(error);
+  }
+
+  const std::string key_;
+  const LiveDecode decode_;
+  std::mutex mutex_;                        // one refreshes at a time
+  std::int64_t seen_{0};                    // the revision that was judged last
+  std::shared_ptr<const LiveValue> shown_;  // atomic
+  ConfigView view_;                         // goes first, and with it the handlers
+};
+
+COORDINATION_API Result<std::shared_ptr<LiveState>> follow_config(
+    ConfigCenter& config, std::string key, std::shared_ptr<const void> initial, LiveDecode decode,
+    Context ctx) {
+  auto valid = validate_key(key, "key");
+  if (!valid) return valid.error();
+  auto view = config.view(key, std::move(ctx));
+  if (!view) return view.error();
+  auto live = std::make_shared<LiveState>(std::move(*view), std::move(key), std::move(initial),
+                                          std::move(decode));
+  live->begin();
+  return live;
+}
+
+COORDINATION_API std::shared_ptr<const LiveValue> live_value(const LiveState& live) {
+  return live.shown();
+}
+
+COORDINATION_API void on_live_change(LiveState& live, LiveHandler handler) {
+  live.on_change(std::move(handler));
+}
+
+COORDINATION_API Result<void> wait_for_live(LiveState& live, std::int64_t revision,
+                                            const Context& ctx) {
+  auto waited = live.view().wait_for(revision, ctx);
+  if (waited) live.refresh();
+  return waited;
+}
+
+COORDINATION_API const LiveView& live_view(const LiveState& live) { return live.view(); }
+
+}  // namespace detail
 
 }  // namespace v0
 }  // namespace coordination

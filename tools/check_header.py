@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """check_header.py [FILE]: does coordination.hpp keep what it promises about its own form?
 
-Prints one line for each thing that is wrong, or one line that all is well.
+Prints one line for each thing that is wrong, or one line that all is well; and how much of the
+interface is explained.
 """
 import re
 import sys
@@ -23,11 +24,14 @@ CONFINED = {
     r"\bhttplib::|<httplib\.h>": {"Transport"},
     r"\bopenssl/|\bSSL_\w+\(": {"Transport"},
     r"\b(nlohmann::json|[Jj]son)::parse\(|\.dump\(|->dump\(": {"Wire"},
-    r"\bnlohmann::|\bJson\b": {"Wire", "Client", "Registry", "Config", "Globals", "MemoryEtcd"},
+    r"\bnlohmann::|\bJson\b": {"Wire", "Client", "Registry", "Config", "Globals", "MemoryEtcd",
+                                "Recipes"},
 }
 # Part C's includes stand at its head, before the first section.
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60
+# Part B is the manual: in every section there is a line with a comment for so many of code.
+MAX_CODE_PER_COMMENT = 2.0
 
 BANNER = re.compile(r"^// == (?:(\d+|[A-Z])\. )?(.+?) =+$")
 failures = []
@@ -146,6 +150,26 @@ def check_length(text, start, end, first_line_of_c):
              f"{name.group()[:-1] if name else 'a function'} has {length} lines")
 
 
+def check_comments(sections, end):
+    """Prints how well each section of Part B is explained, without what is in namespace detail."""
+    told = []
+    inner = False  # in namespace detail
+    borders = [line for line, _, _ in sections[1:]] + [end]
+    for (first, section, name), last in zip(sections, borders):
+        comments = instructions = 0
+        for number in range(first, last - 1):
+            raw, stripped = lines[number], code[number].strip()
+            inner = (inner or raw == "namespace detail {") and not raw.startswith("}  // namespace")
+            if not inner:
+                comments += "//" in raw and code[number].rstrip() != raw.rstrip()
+                instructions += bool(re.search(r"\w", stripped))
+        ratio = instructions / max(comments, 1)
+        told.append(f"{name} {ratio:.1f}")
+        if ratio > MAX_CODE_PER_COMMENT:
+            fail(first, f"section {name} has {comments} lines with comments for {instructions} of code")
+    print("lines of code for each with a comment: " + ", ".join(told))
+
+
 path = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "coordination.hpp")
 source = path.read_text(encoding="utf-8")
 lines = source.split("\n")
@@ -171,6 +195,7 @@ check_includes(end_of_interface)
 check_confined(lambda number: next((name for line, _, name in reversed(parts["C"])
                                     if line <= number), None), end_of_interface)
 check_functions(end_of_interface)
+check_comments(parts["B"], end_of_interface)
 for number, line in enumerate(lines, 1):
     if len(line) > MAX_COLUMNS:
         fail(number, f"{len(line)} columns")

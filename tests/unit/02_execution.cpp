@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <ctime>
 #include <fstream>
+#include <iomanip>
 #include <sstream>
 #include <thread>
 
@@ -36,6 +38,21 @@ std::string printed_to_stderr(Fn write) {
   std::ostringstream text;
   text << std::ifstream(name).rdbuf();
   return text.str();
+}
+
+/// The first words of lines, and what follows them.
+std::pair<std::vector<std::string>, std::string> split_times(const std::string& text) {
+  std::istringstream lines(text);
+  std::vector<std::string> times;
+  std::string rest;
+  for (std::string line; std::getline(lines, line);) {
+    const auto space = line.find(' ');
+    times.push_back(line.substr(0, space));
+    CHECK(times.back().size() == std::string("2031-05-07T08:09:10.123Z").size());
+    CHECK(times.back().back() == 'Z');
+    rest += line.substr(space + 1) + "\n";
+  }
+  return {times, rest};
 }
 
 }  // namespace
@@ -316,14 +333,22 @@ TEST_CASE("log: lines on standard error, from a level on") {
     logger(LogLevel::Debug, "first", {});
     logger(LogLevel::Warn, "second one", fields);
   });
-  CHECK(all == "DEBUG first\nWARN second one key=/locks/a lease=7\n");
+  const auto [times, lines] = split_times(all);
+  CHECK(lines == "DEBUG first\nWARN second one key=/locks/a lease=7\n");
+  // Now, in UTC: as the clock says it, before and after a second's border.
+  REQUIRE(times.size() == 2);
+  CHECK(times[0] <= times[1]);
+  const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+  std::tm read{};
+  std::istringstream(times[1]) >> std::get_time(&read, "%Y-%m-%dT%H:%M:%S");
+  CHECK(std::abs(std::difftime(timegm(&read), now)) < 60);
   const auto some = printed_to_stderr([&] {
     const auto logger = stderr_logger();
     logger(LogLevel::Debug, "a", {});
     logger(LogLevel::Info, "b", {});
     logger(LogLevel::Error, "c", {});
   });
-  CHECK(some == "INFO b\nERROR c\n");
+  CHECK(split_times(some).second == "INFO b\nERROR c\n");
 }
 
 TEST_CASE("context: a child leaves nothing in its parent" * doctest::skip(sanitized())) {

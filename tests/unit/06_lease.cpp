@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <future>
+#include <sstream>
 
 #include "coordination.hpp"
 #include "support/memory_cluster.hpp"
@@ -114,6 +115,20 @@ TEST_CASE("lease: lost because etcd says so") {
   s.etcd->advance(9s);
   CHECK(s.tap->count(kKeepAlive) == before);
   CHECK(notes.size() == 1);
+}
+
+TEST_CASE("lease: in the log it is in hex, as in keys and as etcdctl shows it") {
+  Cluster cluster;
+  Notes log;
+  auto options = cluster.options();
+  options.logger = log.logger();
+  auto c = connect_to(options);
+  const auto lease = c.client().grant(9s).value();
+  std::ostringstream hex;
+  hex << std::hex << lease.id();
+  CHECK(cluster.etcd->expire_lease(lease.id()));
+  cluster.etcd->advance(4s);
+  CHECK(eventually([&] { return log.contain("a lease is lost lease=" + hex.str() + " why="); }));
 }
 
 TEST_CASE("lease: lost by the clock, when etcd cannot be reached") {

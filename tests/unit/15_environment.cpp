@@ -1,4 +1,4 @@
-// Section 12: options from etcdctl's environment variables.
+// Section 15: options from etcdctl's environment variables.
 #include <doctest/doctest.h>
 
 #include <cstdlib>
