@@ -95,6 +95,21 @@ TEST_CASE_FIXTURE(Fixture, "coordctl once: who comes while it runs waits, and do
   CHECK(second.read_all(1s).find("ran") != std::string::npos);
 }
 
+TEST_CASE_FIXTURE(Fixture, "coordctl once: clocks that differ by a day do nothing twice") {
+  const TempDir folder;
+  const auto log = folder.file("log");
+  // Three machines whose clocks are a day ahead, right, and a day late, on three days.
+  for (int day = 2; day <= 4; ++day) {
+    for (const int error : {1, 0, -1}) {
+      const auto slot = "2031-05-0" + std::to_string(day + error);
+      const auto run =
+          ctl.run(with_command({"once", "n", slot}, {"sh", "-c", "echo " + slot + " >> " + log}));
+      CHECK(run.exit_code == 0);
+    }
+  }
+  CHECK(contents(log) == "2031-05-03\n2031-05-02\n2031-05-01\n2031-05-04\n2031-05-05\n");
+}
+
 TEST_CASE_FIXTURE(Fixture, "coordctl who: the holder and the queue, in order") {
   CHECK(ctl.run({"who", "x"}).exit_code == kNotFound);
   auto a = ctl.start(with_command({"lock", "x"}));

@@ -144,7 +144,7 @@ TEST_CASE_FIXTURE(Fixture, "coordctl lock: who waits long says whom it waits for
   auto holder = ctl.start(lock({"x"}, sleeper()));
   pid_of(holder);
   auto waiter = ctl.start(lock({"x"}, {"true"}));
-  const auto line = waiter.read_until("coordctl: waiting for x since ", lenient(20s));
+  const auto line = waiter.read_until("coordctl: waiting for x, ", lenient(20s));
   REQUIRE(line.has_value());
   CHECK(line->find("held by ") != std::string::npos);
   CHECK(line->find(":" + std::to_string(holder.pid()) + " (token ") != std::string::npos);

@@ -112,9 +112,10 @@ template <class Ask>
 std::function<void()> notice(const std::string& name, Ask ask) {
   const auto begin = steady_clock::now();
   return [=] {
-    const auto waited = std::chrono::duration_cast<milliseconds>(steady_clock::now() - begin);
+    const auto waited =
+        std::chrono::duration_cast<std::chrono::seconds>(steady_clock::now() - begin);
     const auto holder = ask(Context::with_timeout(milliseconds(1000)));
-    say("waiting for " + name + " since " + to_text(waited) + holder_text(holder));
+    say("waiting for " + name + ", " + to_text(waited) + " so far" + holder_text(holder));
   };
 }
 
