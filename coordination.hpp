@@ -2137,93 +2137,119 @@ COORDINATION_API void bury(std::shared_ptr<void> state) {
   graves.states.push_back(std::move(state));
 }
 
+/// What a Context calls when it is cancelled: in its list until then. Owned by the one who listens,
+/// so that it takes no memory of its own: every call makes a few.
+struct Listener {
+  Listener() = default;
+  explicit Listener(Task to_call) : handler(std::move(to_call)) {}
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+
+  void enter_before(Listener& other) {
+    before = std::exchange(other.before, this);
+    after = &other;
+    before->after = this;
+  }
+  void leave() {
+    before->after = after;
+    after->before = before;
+    before = after = this;
+  }
+
+  Task handler;
+  std::weak_ptr<ContextState> child;
+  Listener* before{this};
+  Listener* after{this};
+};
+
 struct ContextState {
+  static constexpr std::size_t kMostParents = 3;
+  struct Parent {
+    std::shared_ptr<ContextState> state;
+    Listener listener;
+  };
+
   std::mutex mutex;
   std::condition_variable returned;  // a handler has
   std::atomic<bool> cancelled{false};
   std::optional<SteadyTime> deadline;
-  struct Listener {
-    Task handler;
-    std::weak_ptr<ContextState> child;
-    void operator()() {
-      auto state = child.lock();
-      if (state) state->cancel();
-      if (handler) guarded(handler);
-    }
-  };
-  std::map<std::uint64_t, Listener> listeners;
-  std::uint64_t last_id{0};
-  std::uint64_t running{0};
+  Listener listeners;  // a ring: this one is its begin and end
+  const Listener* running{nullptr};
   std::thread::id runner;
-  std::vector<std::pair<std::shared_ptr<ContextState>, std::uint64_t>> parents;  // its id there
+  std::array<Parent, kMostParents> parents;
 
   ~ContextState() {
-    for (auto& [parent, id] : parents) parent->remove(id);
+    for (auto& parent : parents) {
+      if (parent.state) parent.state->remove(parent.listener);
+    }
   }
 
-  /// Its id; 0: it is cancelled already.
-  std::uint64_t add(Listener& listener) {
+  /// False: it is cancelled already.
+  bool add(Listener& listener) {
     std::lock_guard<std::mutex> lock(mutex);
-    if (cancelled) return 0;
-    listeners.emplace(++last_id, std::move(listener));
-    return last_id;
+    if (!cancelled) listener.enter_before(listeners);
+    return !cancelled;
   }
 
-  static void link(const std::shared_ptr<ContextState>& child, const Context& parent) {
-    Listener listener{nullptr, child};
-    auto id = parent.state_->add(listener);
-    if (id == 0) return child->cancel();
-    child->parents.emplace_back(parent.state_, id);
+  static void link(const std::shared_ptr<ContextState>& child, const Context& to, Parent& parent) {
+    parent.listener.child = child;
+    if (!to.state_->add(parent.listener)) return child->cancel();
+    parent.state = to.state_;
   }
 
   void cancel() {
     std::unique_lock<std::mutex> lock(mutex);
     if (cancelled.exchange(true)) return;
     runner = std::this_thread::get_id();
-    while (!listeners.empty()) {
-      auto first = listeners.extract(listeners.begin());
-      running = first.key();
+    while (listeners.after != &listeners) {
+      Listener& first = *listeners.after;
+      first.leave();
+      running = &first;
       lock.unlock();
-      first.mapped()();
-      first.mapped() = {};
+      call(first);
       lock.lock();
-      running = 0;
+      running = nullptr;
       returned.notify_all();
     }
   }
 
-  void remove(std::uint64_t id) {
-    Listener dropped;  // destroyed outside the lock
+  /// It may be destroyed by what it calls.
+  static void call(Listener& listener) {
+    auto handler = std::move(listener.handler);
+    auto child = listener.child.lock();
+    if (child) child->cancel();
+    if (handler) guarded(handler);
+  }
+
+  void remove(Listener& listener) {
     std::unique_lock<std::mutex> lock(mutex);
-    auto it = listeners.find(id);
-    if (it != listeners.end()) {
-      dropped = std::move(it->second);
-      listeners.erase(it);
-    }
-    returned.wait(lock, [&] { return running != id || runner == std::this_thread::get_id(); });
-    lock.unlock();
+    listener.leave();
+    returned.wait(lock,
+                  [&] { return running != &listener || runner == std::this_thread::get_id(); });
   }
 };
 
 struct CancelHook {
-  CancelHook(std::shared_ptr<ContextState> s, std::uint64_t i) : state(std::move(s)), id(i) {}
+  CancelHook(std::shared_ptr<ContextState> s, Task handler)
+      : state(std::move(s)), listener(std::move(handler)) {}
   CancelHook(const CancelHook&) = delete;
   CancelHook& operator=(const CancelHook&) = delete;
-  ~CancelHook() { state->remove(id); }
+  ~CancelHook() { state->remove(listener); }
   std::shared_ptr<ContextState> state;
-  std::uint64_t id;
+  Listener listener;
 };
 
 /// A Context that ends with any of `parents` and at `deadline`.
 COORDINATION_API Context join_contexts(std::initializer_list<const Context*> parents,
                                        std::optional<SteadyTime> deadline = std::nullopt) {
+  assert(parents.size() <= ContextState::kMostParents);
   auto state = std::make_shared<ContextState>();
   state->deadline = deadline;
-  state->parents.reserve(parents.size());
+  auto place = state->parents.begin();
   for (const Context* parent : parents) {
     auto theirs = parent->deadline();
     if (theirs && (!state->deadline || *theirs < *state->deadline)) state->deadline = theirs;
-    ContextState::link(state, *parent);
+    ContextState::link(state, *parent, *place++);
   }
   return Context(std::move(state));
 }
@@ -3001,10 +3027,9 @@ COORDINATION_API bool Context::sleep_for(milliseconds time) const {
 }
 
 COORDINATION_API Context::Hook Context::on_cancel(std::function<void()> handler) const {
-  detail::ContextState::Listener listener{std::move(handler), {}};
-  auto id = state_->add(listener);
-  if (id != 0) return std::make_shared<detail::CancelHook>(state_, id);
-  listener.handler();
+  auto hook = std::make_shared<detail::CancelHook>(state_, std::move(handler));
+  if (state_->add(hook->listener)) return hook;
+  hook->listener.handler();
   return nullptr;
 }
 
@@ -4743,6 +4768,7 @@ class HttplibTransport : public Transport {
     http.body = request.body;
     http.set_header("Host", request.endpoint.substr(request.endpoint.find("//") + 2));
     http.set_header("Content-Type", "application/json");
+    http.set_header("User-Agent", "coordination");
     for (const auto& header : request.headers) http.set_header(header.first, header.second);
     http.response_handler = [&state](const httplib::Response& response) {
       state.response.status = response.status;
