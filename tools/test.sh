@@ -37,6 +37,7 @@ install_missing() {
   # Two more compilers, and another standard library: what needs them is skipped without them.
   tools/install.sh clang libclang-rt-dev libc++-dev libc++abi-dev || true
   tools/install.sh g++-mingw-w64-x86-64-posix || true
+  tools/install.sh libcurl4-openssl-dev || true  # for another Transport
   tools/install.sh meson || true
   # For the clients of other languages, where those languages are.
   if command -v cargo > /dev/null; then

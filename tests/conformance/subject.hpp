@@ -1,8 +1,8 @@
 // Whom the conformance tests are run on, and in what these are known to differ.
 //
-// Always: MemoryEtcd, by itself and behind coordctl's dev-server, and the etcd that is installed.
-// And those that COORDINATION_ETCDS names
-// (paths separated by ':'), see tools/fetch_etcd.sh.
+// Always: MemoryEtcd, by itself and behind coordctl's dev-server, and the etcd that is installed,
+// also by libcurl. And those that COORDINATION_ETCDS names (paths separated by ':'), see
+// tools/fetch_etcd.sh.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -18,6 +18,10 @@
 #include "support/etcd_cluster.hpp"
 #include "support/wait.hpp"
 #include "tools/coordctl/dev_server.hpp"
+
+#if COORDINATION_TEST_CURL
+#include "examples/curl_transport.hpp"
+#endif
 
 namespace conformance {
 
@@ -236,14 +240,18 @@ class ServedSubject : public MemorySubject {
 
 class RealSubject : public Subject {
  public:
-  RealSubject(std::string binary, int number, const std::vector<std::string>& flags = {})
-      : Subject("etcd " + text(number), number, false), binary_(std::move(binary)),
-        server_(options(binary_, flags)), transport_(coordination::make_default_transport()) {
+  using Transport = std::shared_ptr<coordination::Transport>;
+
+  RealSubject(std::string binary, int number, const std::vector<std::string>& flags = {},
+              Transport transport = coordination::make_default_transport(),
+              const std::string& by = "")
+      : Subject("etcd " + text(number) + by, number, false), binary_(std::move(binary)),
+        server_(options(binary_, flags)), transport_(std::move(transport)) {
     set_gateway_v1(RealSubject::gateway().range(Json::object()).json.contains("error"));
   }
   Gateway gateway() override { return {transport_, server_.url()}; }
   std::unique_ptr<Subject> fresh(const std::vector<std::string>& flags) override {
-    return std::make_unique<RealSubject>(binary_, version(), flags);
+    return std::make_unique<RealSubject>(binary_, version(), flags, transport_);
   }
   Leaderless leaderless() override {
     support::ClusterOptions options;
@@ -296,7 +304,7 @@ class RealSubject : public Subject {
 
   std::string binary_;
   support::EtcdServer server_;
-  std::shared_ptr<coordination::Transport> transport_;
+  Transport transport_;
 };
 
 /// A binary and its version; 0 if it does not run.
@@ -329,6 +337,18 @@ inline std::vector<Binary> binaries() {
   return found;
 }
 
+/// The first real one once more, by another Transport.
+inline void add_by_libcurl([[maybe_unused]] std::vector<std::unique_ptr<Subject>>& list) {
+#if COORDINATION_TEST_CURL
+  for (const Binary& binary : binaries()) {
+    list.push_back(std::make_unique<RealSubject>(binary.path, binary.version,
+                                                 std::vector<std::string>(),
+                                                 std::make_shared<CurlTransport>(), " by libcurl"));
+    return;
+  }
+#endif
+}
+
 /// All of them; each is started once, at its first use.
 inline const std::vector<std::unique_ptr<Subject>>& subjects() {
   static const std::vector<std::unique_ptr<Subject>> all = [] {
@@ -341,6 +361,7 @@ inline const std::vector<std::unique_ptr<Subject>>& subjects() {
       if (binary.version == 0) throw std::runtime_error("does not run: " + binary.path);
       list.push_back(std::make_unique<RealSubject>(binary.path, binary.version));
     }
+    add_by_libcurl(list);
     return list;
   }();
   return all;
