@@ -14,6 +14,7 @@ have() {
     libc++abi-dev) echo 'int main() {}' | clang++ -stdlib=libc++ -x c++ - -o /dev/null ;;
     g++-mingw-w64-x86-64-posix) command -v x86_64-w64-mingw32-g++-posix ;;
     g++-*-linux-gnu*) command -v "${1#g++-}-g++" ;;
+    dpkg-dev) command -v dpkg-source ;;
     qemu-user) command -v qemu-aarch64 ;;
     wine64) command -v wine64 || command -v /usr/lib/wine/wine64 ;;
     binutils) command -v nm ;;
