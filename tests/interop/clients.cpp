@@ -92,11 +92,12 @@ class MixedQueue {
   MixedQueue(const Client& client, const std::string& kind)
       : kind_(kind), prefix_(kind == "lock" ? "/locks/x" : "/elections/x"), client_(client) {}
 
-  void add(bool theirs) {
+  /// `ttl` in seconds: who is to be killed has a short one, that is waited for.
+  void add(bool theirs, const std::string& ttl) {
     const std::string name = theirs ? prefix_ : "x";
     Args args{kind_, name};
     if (kind_ == "elect") args.push_back(theirs ? "theirs" : "ours");
-    args.push_back("3");
+    args.push_back(ttl);
     const auto before = places();
     if (theirs) {
       members_.push_back(client_.start(server_, args));
@@ -165,7 +166,9 @@ void stand_together(const Client& client, const std::string& kind) {
   MixedQueue queue(client, kind);
   const std::vector<void (MixedQueue::*)()> ends{&MixedQueue::release, &MixedQueue::kill,
                                                  &MixedQueue::expire};
-  for (std::size_t i = 0; i < 2 * ends.size() + 1; ++i) queue.add(i % 2 == 0);
+  for (std::size_t i = 0; i < 2 * ends.size() + 1; ++i) {
+    queue.add(i % 2 == 0, ends[i % ends.size()] == &MixedQueue::kill ? "4" : "12");
+  }
   // Both sides end in every way: the third time around it is the other's turn.
   for (std::size_t i = 0; queue.size() > 1; ++i) {
     queue.check_first();

@@ -22,7 +22,7 @@ using support::EtcdCluster;
 using support::TcpProxy;
 
 /// Worker processes, each with its own way to every member; and one more, the sitter, that does
-/// nothing but hold one lock for as long as it can.
+/// nothing but hold one lock for as long as it can, and watch everything.
 class Workers {
  public:
   Workers(EtcdCluster& etcd, std::size_t count, std::uint64_t seed, std::string folder)

@@ -117,12 +117,12 @@ class Worker {
       return [=](Dice& dice) { hold_once({name, mode, std::chrono::seconds(ttl)}, dice); };
     };
     const std::pair<std::string, Step> seat{kSeat, queue(kSeat, "exclusive", kSeatTtl)};
-    if (options_.sits) return {seat};
+    if (options_.sits) return {seat, {"watch", [this](Dice&) { watch("/"); }}};
     return {seat,
             {"register-1", [this](Dice& dice) { use_register(dice); }},
             {"register-2", [this](Dice& dice) { use_register(dice); }},
             {"raw", [this](Dice& dice) { use_client(dice); }},
-            {"watch", [this](Dice&) { watch(); }},
+            {"watch", [this](Dice&) { watch("/raw/"); }},
             {"lock", queue("lock", "exclusive", 3)},
             {"robbed", queue("robbed", "exclusive", 4)},
             {"robbed-2", queue("robbed", "exclusive", 4)},
@@ -224,10 +224,11 @@ class Worker {
     return done->revision;
   }
   /// One watch from its begin until it is stopped, or until etcd has discarded what it needs.
-  void watch() {
+  void watch(const char* folder) {
     auto& client = coordinator_->client();
-    RangeRequest range{std::string(kPrefix) + "/raw/"};
+    RangeRequest range{std::string(kPrefix) + folder};
     range.range_end = prefix_range_end(range.key);
+    range.limit = 1;
     const auto now = client.range(range, brief());
     if (!now) return;
     WatchRequest request{range.key, range.range_end, now->revision + 1};
