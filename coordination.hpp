@@ -1950,12 +1950,11 @@ class [[nodiscard]] LiveConfig {
 
 #include <nlohmann/json.hpp>
 
-#if defined(_WIN32)
 #include <fcntl.h>
+#if defined(_WIN32)
 #include <io.h>
 #include <process.h>
 #else
-#include <fcntl.h>
 #include <pthread.h>
 #include <unistd.h>
 #endif
@@ -1970,7 +1969,6 @@ class [[nodiscard]] LiveConfig {
 #include <ws2tcpip.h>
 #else
 #include <arpa/inet.h>
-#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
