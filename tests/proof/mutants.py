@@ -30,7 +30,8 @@ MUTANTS = {
         ("    if (unknown && call.safety == Safety::Write) return false;\n", ""),
     ],
     "watch resumed one revision late": [
-        ("if (returns && start > 1) --start;", "if (returns && start > 1) ++start;"),
+        ("if (returns && watch->anchored && start > 1) --start;",
+         "if (returns && watch->anchored && start > 1) ++start;"),
     ],
     "held() from the receive instant": [
         ("    answered(it->second, sent, reply->ttl);",
