@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # check.sh WAY: one way in which another project can take the library in, built and run. Exit code
-# 77 = skipped. From the environment: BUILD, where the library was built (for what is installed),
+# 77 = skipped. From the environment: PREFIX, where the library is installed (for what needs that),
 # CXX, and CMAKE, if not the one on the PATH.
 set -euo pipefail
 
@@ -17,11 +17,6 @@ trap 'rm -rf "$out"' EXIT
 need() { command -v "$1" > /dev/null || { echo "SKIPPED: no $1"; exit 77; }; }
 version() {
   sed -n 's/^#define COORDINATION_VERSION_[A-Z]* //p' "$root/coordination.hpp" | paste -sd.
-}
-install_it() {
-  "$cmake" --install "$BUILD" --prefix "$out/prefix" > /dev/null
-  export PKG_CONFIG_PATH
-  PKG_CONFIG_PATH=$(dirname "$(find "$out/prefix" -name coordination.pc)")
 }
 run_all() {  # FOLDER: every app in it, at least one
   local app apps
@@ -50,13 +45,12 @@ case $way in
   fetch_content)  # as where nothing is installed
     with_cmake -DCMAKE_DISABLE_FIND_PACKAGE_{nlohmann_json,httplib}=ON
     ;;
-  find_package | siblings_installed)
-    install_it
-    with_cmake "-DCMAKE_PREFIX_PATH=$out/prefix"
-    ;;
+  find_package | siblings_installed) with_cmake "-DCMAKE_PREFIX_PATH=$PREFIX" ;;
   pkg_config)
     need pkg-config
-    install_it
+    need make
+    export PKG_CONFIG_PATH
+    PKG_CONFIG_PATH=$(dirname "$(find "$PREFIX" -name coordination.pc)")
     make -C "$out" -f "$here/pkg_config/Makefile" "SOURCE=$here/main.cpp"
     run_all "$out"
     ;;
@@ -72,10 +66,7 @@ case $way in
     ln -s "$root" "$out/subprojects/coordination"
     with_meson
     ;;
-  meson_cmake)
-    install_it
-    with_meson -Dinstalled=true "--cmake-prefix-path=$out/prefix"
-    ;;
+  meson_cmake) with_meson -Dinstalled=true "--cmake-prefix-path=$PREFIX" ;;
   conan | vcpkg) "$root/tools/packaging/$way/check.sh" "$out" ;;
   *) echo "no such way: $way" >&2; exit 1 ;;
 esac
