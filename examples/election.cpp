@@ -7,13 +7,11 @@
 using namespace coordination;
 using namespace std::chrono_literals;
 
-// Waits until the observer is told of this leader, or of nobody ("").
+// Waits until the observer is told of this leader; it is told of nobody, too, where nobody leads.
 void expect_leader(Watch<LeaderInfo>& observed, const std::string& value) {
-  while (true) {
-    LeaderInfo info = observed.next(Context::with_timeout(10s)).value();
-    std::printf("the leader is now: %s\n", info.exists() ? info.value.c_str() : "nobody");
-    if (info.value == value) return;
+  while (observed.next(Context::with_timeout(10s)).value().value != value) {
   }
+  std::printf("the leader is now: %s\n", value.c_str());
 }
 
 int main(int argc, char** argv) try {
