@@ -299,7 +299,10 @@ class Share {
       : state_(std::move(state)), process_(this_process()) {}
   Share(const Share&) = default;
   Share(Share&&) noexcept = default;
-  Share& operator=(Share other) noexcept { return swap(other), *this; }
+  Share& operator=(Share other) noexcept {
+    swap(other);
+    return *this;
+  }
   ~Share() {
     if (state_ && !mine()) bury(std::move(state_));
   }
@@ -464,8 +467,8 @@ struct TlsOptions {
 
 /// How much of an answer is taken in, in bytes. A longer one is an error, and not read further.
 struct LimitOptions {
-  std::size_t head{64 * 1024};         // status line and headers
-  std::size_t body{64 * 1024 * 1024};  // of an answer, or one line of a stream; unpacked
+  std::size_t head{65536};     // 64 KiB: status line and headers
+  std::size_t body{67108864};  // 64 MiB: of an answer, or one line of a stream; unpacked
 };
 
 /// One POST to one member.
@@ -998,14 +1001,14 @@ void let_go(const std::shared_ptr<OwnedKey>& owned);
 
 template <class T>
 struct AsResult {
-  using type = Result<T>;
+  using Type = Result<T>;
 };
 template <class T>
 struct AsResult<Result<T>> {
-  using type = Result<T>;
+  using Type = Result<T>;
 };
 template <class Fn, class Argument>
-using ResultOf = typename AsResult<std::decay_t<std::invoke_result_t<Fn, Argument>>>::type;
+using ResultOf = typename AsResult<std::decay_t<std::invoke_result_t<Fn, Argument>>>::Type;
 
 template <class Fn, class Argument>
 ResultOf<Fn, Argument&> call(Fn&& fn, Argument& argument) {
@@ -3425,15 +3428,15 @@ std::string body(const Request& request) {
 }
 
 COORDINATION_API std::string compaction_body(std::int64_t revision) {
-  return "{\"revision\":\"" + std::to_string(revision) + "\"}";
+  return R"({"revision":")" + std::to_string(revision) + R"("})";
 }
 
 COORDINATION_API std::string grant_body(std::int64_t id, std::int64_t ttl_seconds) {
-  return "{\"ID\":\"" + std::to_string(id) + "\",\"TTL\":\"" + std::to_string(ttl_seconds) + "\"}";
+  return R"({"ID":")" + std::to_string(id) + R"(","TTL":")" + std::to_string(ttl_seconds) + R"("})";
 }
 
 COORDINATION_API std::string lease_body(std::int64_t id) {
-  return "{\"ID\":\"" + std::to_string(id) + "\"}";
+  return R"({"ID":")" + std::to_string(id) + R"("})";
 }
 
 COORDINATION_API std::string login_body(const std::string& name, const std::string& password) {
@@ -4278,7 +4281,7 @@ class TlsFactory {
     if (!given) return 0;
     auto& text = *static_cast<const std::string*>(given);
     auto length = (std::min)(text.size(), static_cast<std::size_t>(size));
-    std::memcpy(to, text.data(), length);
+    std::copy_n(text.data(), length, to);
     return static_cast<int>(length);
   }
 
@@ -4541,6 +4544,8 @@ class HttpStream : public httplib::Stream {
         idle_(idle.count() > 0 ? idle : milliseconds(std::chrono::hours(24))),
         most_head_(most_head) {}
 
+  // Not all of these are there in every httplib.
+  // NOLINTBEGIN(modernize-use-override,cppcoreguidelines-explicit-virtual-functions)
   ssize_t read(char* to, std::size_t size) {
     if (head_left_ == 0 && !in_body_ && !read_head()) return -1;
     if (at_ == input_.size()) {
@@ -4575,6 +4580,7 @@ class HttpStream : public httplib::Stream {
   void get_local_ip_and_port(std::string&, int&) const {}
   socket_t socket() const { return connection_.socket(); }
   time_t duration() const { return 0; }
+  // NOLINTEND(modernize-use-override,cppcoreguidelines-explicit-virtual-functions)
 
   /// Whether a byte of the request may have reached the server.
   bool sent() const { return sent_ && !connection_.rejected(); }
@@ -4594,7 +4600,7 @@ class HttpStream : public httplib::Stream {
     input_.resize(before + kPiece);
     auto until = (std::min)(deadline_, steady_clock::now() + SteadyTime::duration(idle_));
     auto n = connection_.read(&input_[before], kPiece, until);
-    input_.resize(before + static_cast<std::size_t>((std::max)(n, ssize_t(0))));
+    input_.resize(before + static_cast<std::size_t>((std::max)(n, ssize_t{0})));
     if (n > 0) heard_ = steady_clock::now();
     if (n <= 0) note(n);
     return n;
@@ -4616,10 +4622,10 @@ class HttpStream : public httplib::Stream {
   /// Until `input_` has a head that httplib may see.
   bool read_head() {
     while (true) {
-      auto bytes = std::string_view(input_).substr(at_);
+      auto bytes = std::string_view{input_}.substr(at_);
       if (bytes.substr(0, kBegin.size()) != kBegin.substr(0, bytes.size())) return no_http(bytes);
       auto end = bytes.find("\r\n\r\n");
-      bool whole = end != bytes.npos;
+      bool whole = end != std::string_view::npos;
       if (heads_ + (whole ? end : bytes.size()) > most_head_) {
         return fail("the head of the answer is longer than " + std::to_string(most_head_) +
                     " bytes");
@@ -4631,9 +4637,9 @@ class HttpStream : public httplib::Stream {
   }
 
   bool use_head(std::size_t size) {
-    auto bytes = std::string_view(input_).substr(at_, size);
+    auto bytes = std::string_view{input_}.substr(at_, size);
     auto code = bytes.substr(9, 3);
-    bool odd = bytes[8] != ' ' || code.find_first_not_of("0123456789") != code.npos;
+    bool odd = bytes[8] != ' ' || code.find_first_not_of("0123456789") != std::string_view::npos;
     if (odd || bytes[12] > ' ') return no_http(bytes);
     heads_ += size;
     in_body_ = code[0] != '1';
@@ -4674,8 +4680,8 @@ class HttplibTransport : public Transport {
   using Held = std::unique_ptr<Connection>;
 
  public:
-  HttplibTransport(const TlsOptions& tls, const LimitOptions& limits)
-      : tls_(tls), limits_(limits) {}
+  HttplibTransport(TlsOptions tls, const LimitOptions& limits)
+      : tls_(std::move(tls)), limits_(limits) {}
   ~HttplibTransport() override { HttplibTransport::close_idle(); }
 
   void close_idle() override {
@@ -4789,7 +4795,7 @@ class HttplibTransport : public Transport {
 
   bool pass_on(std::string_view piece, const ChunkSink& sink, Exchange& state) const {
     auto end = piece.rfind('\n');
-    state.line = end == piece.npos ? state.line + piece.size() : piece.size() - end - 1;
+    state.line = end == std::string_view::npos ? state.line + piece.size() : piece.size() - end - 1;
     state.too_long = state.line > limits_.body;
     state.stopped = !state.too_long && !sink(piece);
     return !state.too_long && !state.stopped;
@@ -4961,10 +4967,10 @@ COORDINATION_API bool is_host(std::string_view host) {
   }
   host = host.substr(1, host.size() - 2);
   auto zone = host.find('%');
-  if (zone != host.npos && !is_host(host.substr(zone + 1))) return false;
+  if (zone != std::string_view::npos && !is_host(host.substr(zone + 1))) return false;
   host = host.substr(0, zone);
   return std::count(host.begin(), host.end(), ':') >= 2 &&
-         host.find_first_not_of(kDigits) == host.npos;
+         host.find_first_not_of(kDigits) == std::string_view::npos;
 }
 
 /// The endpoint as "scheme://host:port"; empty if it is none.
@@ -5904,7 +5910,8 @@ COORDINATION_API Result<void> ClientState::stream(const char* path, std::string 
   // Without it etcd's gateway throws away what it has not read when its first answer is sent, but
   // for a small body, which has been read by then, and one that is too large to be thrown away.
   if (close) http.headers.emplace_back("Connection", "close");
-  if (close && pads_bodies && http.body.size() > 512) http.body.append(260 * 1024, ' ');
+  if (close && pads_bodies && http.body.size() > 512)
+    http.body.append(std::size_t{260} * 1024, ' ');
   // A watch hears at least progress, every ten minutes.
   http.idle_timeout = std::chrono::minutes(25);
   if (place) {
@@ -6829,7 +6836,7 @@ COORDINATION_API void LeaseKeeper::renew(std::vector<LeasePtr> batch, SteadyTime
   if (batch.size() > 1) batch = renew_singly(*client, batch, place);
   if (batch.empty()) return;
   auto now = client->clock->now();
-  auto soon = SteadyTime((SteadyTime::max)());
+  auto soon = (SteadyTime::max)();
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& lease : batch) {
