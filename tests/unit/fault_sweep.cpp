@@ -453,6 +453,40 @@ void config(World& world) {
   world.agrees(values.remove("k"), "/config/k", "four", "none");
 }
 
+/// Counts once if it says so, and never twice.
+void update(World& world) {
+  const auto add = [](nlohmann::json& n) { n = n.is_null() ? 1 : n.get<int>() + 1; };
+  const auto next = [](const std::string& n) {
+    return n == "none" ? "1" : std::to_string(std::stoi(n) + 1);
+  };
+  for (int i = 0; i < 2; ++i) {
+    const auto before = world.value("/config/n");
+    world.agrees(world.actor->config().update("n", add), "/config/n", before, next(before));
+  }
+}
+
+void slots(World& world) {
+  auto theirs = world.other->lock().lease_slot("ids", 2, 60s).value();
+  auto slot = world.actor->lock().lease_slot("ids", 2, 9s);
+  if (!world.is_true(slot)) return;
+  check_held(world, *slot);
+  if (!world.destroys()) CHECK(slot->number() != theirs.number());
+  unlock(world, *slot);
+}
+
+/// In office exactly once, unless the office was taken away.
+void leads(World& world) {
+  int terms = 0;
+  const auto done =
+      world.actor->election().lead("e", "one", 9s, [&](Leadership& office, const Context&) {
+        ++terms;
+        check_held(world, office);
+      });
+  world.is_true(done);
+  CHECK((terms == 1 || world.destroys() || !done));
+  if (done) CHECK(terms > 0);
+}
+
 /// Whatever happens to the record: it is there again, and gone when it is not wanted any more.
 void healing(World& world) {
   auto& services = world.actor->registry();
@@ -588,6 +622,12 @@ TEST_CASE("fault sweep: registry") {
 }
 
 TEST_CASE("fault sweep: config") { CHECK(sweep("config", config) > 90); }
+
+TEST_CASE("fault sweep: recipes") {
+  CHECK(sweep("update", update) > 80);
+  CHECK(sweep("slots", slots) > 60);
+  CHECK(sweep("lead", leads) > 60);
+}
 
 TEST_CASE("fault sweep: watches and views") {
   CHECK(sweep("config watches", watches) > 70);
