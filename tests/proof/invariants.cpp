@@ -69,6 +69,11 @@ TEST_CASE("proof: a journal is read as it was written, also where its process di
   CHECK(entries[3].end == kNever);
 }
 
+TEST_CASE("proof: without a checker there is none to be run") {
+  CHECK(support::find_program("").empty());
+  CHECK_FALSE(support::find_program("sh").empty());
+}
+
 TEST_CASE("proof: writes that are not as they were told") {
   const std::vector<Change> store{put(2, "k", "a"), put(3, "k", "b"), put(4, "k", "b")};
   const auto check = [&](const Entry& e) { return writes_are_as_told({{e}, store}).size(); };

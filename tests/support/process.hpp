@@ -51,6 +51,7 @@ class TempDir {
 
 /// The path of a program: as it is if it has a slash, else found in PATH; "" if there is none.
 inline std::string find_program(const std::string& name) {
+  if (name.empty()) return "";
   if (name.find('/') != std::string::npos) return access(name.c_str(), X_OK) == 0 ? name : "";
   const char* path = std::getenv("PATH");
   std::istringstream folders(path != nullptr ? path : "/usr/bin:/bin");
