@@ -159,10 +159,11 @@ void handover(const Job& job, const Contender& contender) {
   const int handovers_before = handovers, acquired_before = acquired;
   const long handshakes_before = handshakes;
   const auto start = SteadyClock::now();
-  sleep_for(job.seconds);
+  do {
+    sleep_for(job.seconds);
+  } while (acquired < acquired_before + 3);
   say("rate", (handovers - handovers_before) / seconds_since(start));
-  say("handshakes",
-      double(handshakes - handshakes_before) / std::max(1, acquired - acquired_before));
+  say("handshakes", double(handshakes - handshakes_before) / (acquired - acquired_before));
   stop = true;
   for (auto& thread : threads) thread.join();
 }

@@ -1,6 +1,8 @@
 // What the contenders of tools/bench have in common.
 #pragma once
 
+#include <unistd.h>
+
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -37,7 +39,8 @@ class Seat {
 
 inline std::string key_of(int seat) { return "bench/" + std::to_string(seat); }
 inline const std::string kValue(32, 'v');
-inline const std::string kLock = "bench-lock";
+/// Another one in each process: one that ends may leave its own behind.
+inline const std::string kLock = "bench-lock-" + std::to_string(getpid());
 constexpr int kTtl = 60;  // of a lock, in seconds
 
 /// Makes seats of one contender: those that share what its users would share, or one alone.

@@ -86,7 +86,7 @@ func put(client *clientv3.Client, key string) {
 func mutex(client *clientv3.Client) *concurrency.Mutex {
 	session, err := concurrency.NewSession(client, concurrency.WithTTL(ttl))
 	must(err)
-	return concurrency.NewMutex(session, "bench-lock")
+	return concurrency.NewMutex(session, fmt.Sprint("bench-lock-", os.Getpid()))
 }
 
 // calls makes as many calls as can be made by n goroutines that share a client.
@@ -178,10 +178,12 @@ func doHandover() {
 	time.Sleep(duration / 4) // all of them are there
 	handoversBefore, acquiredBefore := handovers.Load(), acquired.Load()
 	handshakesBefore, start := handshakes.Load(), time.Now()
-	time.Sleep(duration)
+	for acquired.Load() < acquiredBefore+3 {
+		time.Sleep(duration)
+	}
 	say("rate", float64(handovers.Load()-handoversBefore)/time.Since(start).Seconds())
 	say("handshakes", float64(handshakes.Load()-handshakesBefore)/
-		float64(max(1, acquired.Load()-acquiredBefore)))
+		float64(acquired.Load()-acquiredBefore))
 }
 
 func doWaiter() {
