@@ -393,6 +393,8 @@ def main():
     if why:
         print(f"Go: SKIPPED: {why}")
     header = facts(options)
+    if options.quick:
+        print("--quick: these figures tell nothing but that there are some")
     if os.getloadavg()[0] > 0.5:
         print(f"WARNING: this machine is not idle: load {os.getloadavg()[0]:.1f}; only ratios of "
               "one run count, and not even those when the load changes", file=sys.stderr)
