@@ -15,6 +15,7 @@ have() {
     g++-mingw-w64-x86-64-posix) command -v x86_64-w64-mingw32-g++-posix ;;
     g++-*-linux-gnu*) command -v "${1#g++-}-g++" ;;
     dpkg-dev) command -v dpkg-source ;;
+    time) [[ -x /usr/bin/time ]] ;;  # the shell has a word of this name
     qemu-user) command -v qemu-aarch64 ;;
     wine64) command -v wine64 || command -v /usr/lib/wine/wine64 ;;
     binutils) command -v nm ;;
