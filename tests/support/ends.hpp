@@ -1,4 +1,4 @@
-// Processes that end, or fork, while they hold locks: run as children of a test.
+// Processes that end, fork, or close a Coordinator that is in use: run as children of a test.
 #pragma once
 
 #include <sys/wait.h>
@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "child.hpp"
 #include "coordination.hpp"
@@ -37,6 +38,7 @@ inline Kept kept;
 /// "memory", or the URL of an etcd and perhaps the file of its CA.
 inline CoordinatorOptions options_of(const Args& args) {
   CoordinatorOptions options;
+  options.timeout = 30s;  // what they begin with must work, also on a busy machine
   options.endpoints = {"a:1"};
   if (args.at(1) == "memory") {
     kept.etcd = std::make_shared<MemoryEtcd>();
@@ -152,6 +154,72 @@ inline int fork_main(const Args& args) {
 }
 inline const bool fork_known = child_main("fork", fork_main);
 
+template <class T>
+bool is_over(const Result<T>& result) {
+  return !result && result.error().code == ErrorCode::Cancelled;
+}
+
+inline void use_until_closed(DistributedLock locks, ConfigCenter config, ServiceRegistry registry) {
+  for (bool closed = false; !closed;) {
+    auto lock = locks.try_acquire("used", 9s);
+    closed = is_over(lock) || is_over(config.compare_and_set("used", 9, 1)) ||
+             is_over(registry.discover("web"));
+  }
+}
+
+/// The ways to close it: by one, by two at once, by its end, in a handler while another one does.
+inline void close_once(std::optional<Coordinator>& c, int way) {
+  if (way == 1) {
+    auto other = std::async(std::launch::async, [&] { return c->close(); });
+    c->close().value();
+    other.get().value();
+  } else if (way == 2) {
+    c.reset();
+  } else if (way == 3) {
+    kept.lock->on_lost([&](const Error&) { static_cast<void>(c->close()); });
+    static_cast<void>(c->client().remove(kept.lock->key()));
+    static_cast<void>(c->close());
+  } else {
+    c->close().value();
+  }
+}
+
+/// ROUNDS WHERE...: others use it while it closes, and handles outlive it.
+inline int close_main(const Args& args) {
+  auto options = options_of(args);
+  for (int i = 0; i < std::stoi(args.at(0)); ++i) {
+    options.key_prefix = "/round" + std::to_string(i);  // nobody waits for what one has left
+    kept.coordinator = Coordinator::connect(options).value();
+    auto locks = kept.coordinator->lock();
+    auto config = kept.coordinator->config();
+    auto registry = kept.coordinator->registry();
+    keep_all(*kept.coordinator);
+    std::vector<std::future<void>> users;
+    for (int u = 0; u < 3; ++u) {
+      auto use = [&] { use_until_closed(locks, config, registry); };
+      users.push_back(std::async(std::launch::async, use));
+    }
+    users.push_back(std::async(std::launch::async, [] {
+      while (kept.watch->next()) {
+      }
+    }));
+    std::this_thread::sleep_for(milliseconds(i % 7));  // in the middle of something else each time
+    close_once(kept.coordinator, i % 4);
+    if (!is_over(locks.acquire("used", 9s)) || !is_over(config.get("used"))) return 40;
+    if (!is_over(registry.view("web")) || !is_over(config.watch("used"))) return 41;
+    for (auto& user : users) user.get();
+    if (kept.lock->held() || kept.lock->unlock()) return 42;
+    if (i % 2 == 0) kept.coordinator.reset();
+    kept.subscription.reset();
+    kept.watch.reset();
+    kept.view.reset();
+    kept.lock.reset();
+    kept.coordinator.reset();
+  }
+  return 7;
+}
+inline const bool close_known = child_main("close", close_main);
+
 /// The exit status of such a process, and what it has printed. A child of fork() has not the stacks
 /// of its parent's threads: to the sanitizers, what only those know of is lost, and threads of its
 /// own are none.
@@ -163,8 +231,8 @@ inline RunResult run_child(const std::string& name, const Args& args) {
   }
   auto child = start_child(name, args, options);
   RunResult result;
-  result.out = child.read_all(lenient(20s));
-  result.exit_code = child.wait(2s).value_or(-1);
+  result.out = child.read_all(lenient(60s));
+  result.exit_code = child.wait(10s).value_or(-1);
   return result;
 }
 

@@ -88,7 +88,9 @@ TEST_CASE("ends: close() in a handler does not wait for the close() that waits f
   REQUIRE(watch);
   d.config().set("k", 1).value();
   begun.get_future().wait();
+  Stopwatch stopwatch;
   c.close().value();
+  CHECK(stopwatch.elapsed() < lenient(700ms));  // where one waits for the other it is a second
   CHECK(eventually([&] { return handled.load(); }));
 }
 
@@ -162,5 +164,14 @@ TEST_CASE("ends: exit() closes what was not closed, and the process ends with it
 TEST_CASE("ends: in a child of fork() the parent's handles are nothing, and it keeps its own") {
   const auto done = ends::run_child("fork", {std::to_string(scaled(100)), "memory"});
   CHECK(done.exit_code == 7);
+  CHECK(done.out == "keys left: 0\n");
+}
+
+TEST_CASE("ends: closed in every way while it is in use, and with handles that outlive it") {
+  RunResult done;
+  for (int i = 0; i < 3 && done.out != "keys left: 0\n"; ++i) {  // close() has a second each time
+    done = ends::run_child("close", {std::to_string(scaled(100)), "memory"});
+    CHECK(done.exit_code == 7);
+  }
   CHECK(done.out == "keys left: 0\n");
 }
