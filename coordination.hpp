@@ -5185,7 +5185,6 @@ class Members {
     auto& member = members_[i];
     bool first = member.failures == 0;
     if (member.failures < 8) ++member.failures;
-    member.heard = {};
     member.identified = false;
     rest(member, steady_clock::now());
     if (current_ == i) current_ = (i + 1) % members_.size();
@@ -9409,10 +9408,7 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
       if (!valid) return valid.error();
       auto written = write(service, {false, restores()}, written_, ctx);
       if (!written) return written.error();
-      if (written->whose != Whose::Ours) {
-        check_later(milliseconds(0));
-        return not_registered(id_);
-      }
+      if (written->whose != Whose::Ours) return not_registered(id_);
       {
         std::lock_guard<std::mutex> lock(mutex_);
         service_.metadata = metadata;
@@ -9442,11 +9438,6 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
   const std::string& id() const { return id_; }
   const std::shared_ptr<ClientState>& client() const { return client_; }
 
-  /// When the Coordinator closes, which revokes all leases.
-  void quit() {
-    ended_ = true;
-    client_->watches->remove(hub_id_);
-  }
   /// What a handle's destructor does.
   void abandon() {
     if (!ended_) within_patience(*client_, [this](const Context& ctx) { return end(ctx); });
@@ -9479,7 +9470,6 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     bool swapped{false};
     std::int64_t revision{0};  // of the last change
     std::int64_t lease{0};
-    std::string value{};
   };
   /// What write() may do beside replacing what is ours.
   struct Rights {
@@ -9508,7 +9498,7 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     std::lock_guard<std::mutex> lock(mutex_);
     return options_.heal == HealPolicy::Restore;
   }
-  bool is(std::optional<Event> event) {
+  bool is(Event event) {
     std::lock_guard<std::mutex> lock(mutex_);
     return told_ == event;
   }
@@ -9536,7 +9526,7 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     if (kvs.empty()) return Found{};
     auto& kv = kvs.front();
     auto whose = is_ours(kv.lease) ? Whose::Ours : Whose::Anothers;
-    return Found{whose, false, kv.mod_revision, kv.lease, kv.value};
+    return Found{whose, false, kv.mod_revision, kv.lease};
   }
 
   Result<Found> put(const std::string& record, const LeasePtr& lease, Rights rights,
@@ -9544,8 +9534,6 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     while (true) {
       auto found = swap(expected, Op::put(key_, record, lease->id), ctx);
       if (!found || found->swapped) return found;
-      bool did = found->lease == lease->id && found->value == record;  // an earlier attempt
-      if (did) return found;
       bool may = found->whose == Whose::Ours || rights.take ||
                  (found->whose == Whose::Nobodys && rights.create);
       if (!may) return found;
@@ -9659,7 +9647,6 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
 
   /// How does the record stand? It is put back where it is missing and wanted.
   Result<bool> check_in_turn(const Context& ctx) {
-    if (is(std::nullopt)) return true;  // the one who makes it sees to it
     auto found = swap(-1, Op::get(key_), ctx);
     if (!found) return found.error();
     follow();
@@ -9712,13 +9699,12 @@ struct RegistryState {
     return by_key.emplace(key, std::move(made))->second;
   }
 
-  /// Those with this id, or all.
-  std::vector<RegistrationPtr> find(const std::string* id) {
+  std::vector<RegistrationPtr> find(const std::string& id) {
     std::vector<RegistrationPtr> found;
     std::lock_guard<std::mutex> lock(mutex);
     forget_ended();
     for (auto& entry : by_key) {
-      if (!id || entry.second->id() == *id) found.push_back(entry.second);
+      if (entry.second->id() == id) found.push_back(entry.second);
     }
     return found;
   }
@@ -9873,7 +9859,7 @@ Result<std::int64_t> for_each_registration(const CoordinatorState& state, const 
   if (!valid) return valid.error();
   if (state.client->closing) return closed_error();
   Result<std::int64_t> last = not_registered(id);
-  for (auto& registration : state.registry->find(&id)) {
+  for (auto& registration : state.registry->find(id)) {
     auto done = fn(*registration);
     bool better = done || done.error().code != ErrorCode::NotFound;
     if (better) last = std::move(done);
@@ -10378,7 +10364,6 @@ COORDINATION_API void close_coordinator(CoordinatorState& state,
   auto& client = *state.client;
   auto left = milliseconds(1000) - (std::min)(milliseconds(client.waited), milliseconds(500));
   client.watches->close();
-  for (auto& registration : state.registry->find(nullptr)) registration->quit();
   client.leases->close(now + left * 7 / 10);
   client.open.cancel();
   client.executor->stop(now + left * 19 / 20, patience);
@@ -10439,7 +10424,6 @@ struct StandIns {
     lease->release();
     auto owned = std::make_shared<OwnedKey>(client, "", 0, lease);
     auto registration = std::make_shared<RegistrationState>(client, "", "");
-    registration->quit();
     auto view = std::make_shared<ViewCore>(client, WatchRequest());
     view->end = closed_error();
     view->shows = [](const std::string&) { return false; };

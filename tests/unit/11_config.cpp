@@ -225,6 +225,7 @@ TEST_CASE("config: no key can leave its prefix") {
   c.config().set("x", 1).value();
   CHECK(s.etcd->keys() == Strings{"/tenants/a/config/x"});
   check_code(c.config().set("../b/config/x", 1), ErrorCode::Validation);
+  check_code(c.config().set("./x", 1), ErrorCode::Validation);
   CHECK(c.config().list("").value() == Strings{"x"});
   CHECK(s.config.list("").value().empty());
 }

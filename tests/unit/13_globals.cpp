@@ -110,6 +110,20 @@ TEST_CASE("globals: the first use, too, ends with its Context, and at close()") 
   CHECK(stopwatch.elapsed() < lenient(250ms));
 }
 
+TEST_CASE("globals: what was connected when close() came is closed") {
+  Setup s;
+  std::future<void> closing;
+  std::atomic<bool> answered{false};
+  s.tap->after([&](const HttpRequest&) {
+    if (answered.exchange(true)) return;
+    closing = std::async(std::launch::async, [] { CHECK(coordination::close()); });
+    std::this_thread::sleep_for(100ms);  // time in which it says so
+  });
+  check_code(default_coordinator(), ErrorCode::Cancelled);
+  closing.get();
+  s.tap->after(nullptr);
+}
+
 TEST_CASE("globals: options cannot be set while the Coordinator is being connected") {
   Setup s;
   std::promise<void> go;
