@@ -604,3 +604,70 @@ TEST_CASE("lease: keep_alive_once beside the automatic renewals") {
   CHECK(lease.held());
   CHECK(s.etcd->leases().size() == 1);
 }
+
+TEST_CASE("lease: a renewal that failed is tried again before its next turn") {
+  Setup s;
+  const auto lease = s.grant();
+  s.tap->lose(1, kKeepAlive);
+  s.etcd->advance(3001ms);
+  CHECK(eventually([&] { return s.tap->count(kKeepAlive) == 1; }));
+  s.etcd->advance(1s);
+  CHECK(eventually([&] { return s.tap->finished(kKeepAlive) == 1; }));
+}
+
+namespace {
+
+/// Grants every lease for a second, and renews it at endpoints as `renew` says.
+struct Granting {
+  using Renew = std::function<Answer(const std::string& endpoint, std::int64_t id)>;
+  explicit Granting(Renew renew) {
+    options.endpoints = {"one:1", "two:1"};
+    etcd->always("/v3/kv/range", ok(line_of(7, 0)));
+    etcd->always("/v3/lease/revoke", ok(line_of(7, 0)));
+    etcd->always("/v3/lease/grant", [](const auto& request, const auto& sink, const auto& ctx) {
+      return ok(line_of(7, id_of(request)))(request, sink, ctx);
+    });
+    etcd->always(kKeepAlive, [=](const auto& request, const auto& sink, const auto& ctx) {
+      return renew(request.endpoint, id_of(request))(request, sink, ctx);
+    });
+  }
+  static std::int64_t id_of(const HttpRequest& request) {
+    const auto first = request.body.substr(0, request.body.find('\n'));
+    const auto id = nlohmann::json::parse(first).at("ID");
+    return id.is_string() ? std::stoll(id.get<std::string>()) : id.get<std::int64_t>();
+  }
+  static std::string line_of(int cluster, std::int64_t lease) {
+    nlohmann::json line;
+    line["header"] = {{"cluster_id", std::to_string(cluster)}, {"revision", "1"}};
+    if (lease != 0) line["ID"] = std::to_string(lease);
+    if (lease != 0) line["TTL"] = "1";
+    return line.dump();
+  }
+  static Answer renewal(int cluster, std::int64_t lease) {
+    return ok("{\"result\":" + line_of(cluster, lease) + "}\n");
+  }
+
+  const std::shared_ptr<ScriptedTransport> etcd{std::make_shared<ScriptedTransport>()};
+  CoordinatorOptions options{options_with(etcd)};
+};
+
+}  // namespace
+
+TEST_CASE("lease: what another cluster renews is not renewed") {
+  const Granting granting([](const auto&, std::int64_t id) { return Granting::renewal(8, id); });
+  auto c = connect_to(granting.options);
+  const auto lease = c.client().grant(1s).value();
+  CHECK(eventually([&] { return !lease.held(); }));
+  CHECK(granting.etcd->count(kKeepAlive) > 0);
+}
+
+TEST_CASE("lease: the renewal of another lease is none of this one") {
+  const Granting granting(
+      [](const auto&, std::int64_t id) { return Granting::renewal(7, id + 1); });
+  auto c = connect_to(granting.options);
+  auto lease = c.client().grant(1s).value();
+  const auto renewed = lease.keep_alive_once();
+  REQUIRE_FALSE(renewed);
+  CHECK(renewed.error().code == ErrorCode::Internal);
+  CHECK(eventually([&] { return !lease.held(); }));
+}

@@ -1221,3 +1221,97 @@ TEST_CASE("lock: given back after a waiter has looked and before he watches, it 
   CHECK(waiter.wins());
   CHECK(once);
 }
+
+TEST_CASE("lock: of the leases that are given back only so many are kept") {
+  Setup s;
+  std::vector<Lock> locks;
+  for (int i = 0; i < 80; ++i) locks.push_back(s.acquire("a" + std::to_string(i)));
+  locks.clear();
+  CHECK(eventually([&] { return s.etcd->leases().size() <= 64; }));
+}
+
+namespace {
+
+/// The steady clock, ahead by what the test says; it tells nobody when it is moved.
+class AheadClock : public Clock {
+ public:
+  time_point now() const override { return std::chrono::steady_clock::now() + ahead_.load(); }
+  void move(milliseconds by) { ahead_ = by; }
+
+ private:
+  std::atomic<milliseconds> ahead_{milliseconds(0)};
+};
+
+/// An etcd of which `change` says what becomes of a piece of a watch stream.
+class BadStreams : public Transport {
+ public:
+  using Change = std::function<std::string(const HttpRequest&, std::string_view piece)>;
+  BadStreams(std::shared_ptr<Transport> etcd, Change change)
+      : etcd_(std::move(etcd)), change_(std::move(change)) {}
+  Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                               const Context& ctx) override {
+    if (request.path != "/v3/watch") return etcd_->perform(request, sink, ctx);
+    return etcd_->perform(
+        request, [&](std::string_view piece) { return sink(change_(request, piece)); }, ctx);
+  }
+
+ private:
+  const std::shared_ptr<Transport> etcd_;
+  const Change change_;
+};
+
+}  // namespace
+
+TEST_CASE("lock: held() is false as soon as one of its leases may have run out") {
+  const Cluster cluster;
+  const auto clock = std::make_shared<AheadClock>();
+  auto options = cluster.options();
+  options.clock = clock;
+  auto c = connect_to(options);
+  auto lock = c.lock().acquire("a", 9s).value();
+  cluster.etcd->drop_replies(3, kTxn);
+  REQUIRE_FALSE(lock.renew(60s));  // nobody knows on which of the two it hangs
+  CHECK(lock.held());
+  clock->move(9s);
+  CHECK_FALSE(lock.held());
+}
+
+TEST_CASE("lock: who waits leaves a member whose streams are refused") {
+  const Cluster cluster;
+  auto d = cluster.connect("two");
+  std::atomic<int> at_two{0};
+  auto options = cluster.options();
+  options.endpoints = {"one:1", "two:1"};
+  options.transport = std::make_shared<BadStreams>(cluster.tap, [&](const HttpRequest& request,
+                                                                    std::string_view piece) {
+    if (request.endpoint == "http://two:1") return ++at_two, std::string(piece);
+    return std::string("{\"error\":{\"grpc_code\":14,\"message\":\"etcdserver: no leader\"}}\n");
+  });
+  auto c = connect_to(options);
+  auto lock = d.lock().acquire("a", 9s).value();
+  Waiter waiter(exclusive(c));
+  CHECK(eventually([&] { return at_two > 0; }));
+  CHECK(lock.unlock());
+  CHECK(waiter.wins());
+}
+
+TEST_CASE("lock: who waits looks again now and then, should its stream be frozen [slow]") {
+  const Cluster cluster;
+  auto d = cluster.connect("two");
+  std::atomic<bool> frozen{false};
+  auto options = cluster.options();
+  options.transport =
+      std::make_shared<BadStreams>(cluster.tap, [&](const auto&, std::string_view piece) {
+        return frozen ? std::string() : std::string(piece);
+      });
+  auto c = connect_to(options);
+  auto lock = d.lock().acquire("a", 60s).value();
+  const int before = cluster.tap->count("/v3/watch");
+  Waiter waiter(exclusive(c, "a", 60s));
+  CHECK(eventually([&] { return cluster.tap->count("/v3/watch") > before; }));
+  std::this_thread::sleep_for(200ms);  // its look
+  frozen = true;
+  CHECK(lock.unlock());
+  CHECK(wait_until([&] { return waiter.done(); }, 25s));
+  CHECK(waiter.wins());
+}
