@@ -24,13 +24,13 @@ std::atomic<bool> counting{false};
 std::atomic<long> allocations{0}, handshakes{0};
 }  // namespace
 
-void* operator new(std::size_t size) {
+[[gnu::noinline]] void* operator new(std::size_t size) {
   if (counting.load(std::memory_order_relaxed)) ++allocations;
   if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
   throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 // In front of OpenSSL's: one for each connection that begins with a handshake.
 extern "C" SSL* SSL_new(SSL_CTX* context) {
