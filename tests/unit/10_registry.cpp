@@ -423,20 +423,6 @@ TEST_CASE("registry: update replaces the metadata in one step") {
   CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w2", 2)});
 }
 
-TEST_CASE("registry: what it has put itself it does not look at") {
-  Setup s;
-  CHECK(s.c.registry().register_service(web("w1")));
-  auto view = s.c.registry().view("web").value();
-  s.tap->reset();
-  std::int64_t last = 0;
-  for (int i = 0; i < 5; ++i) {
-    last = s.c.registry().update("w1", {{"turn", std::to_string(i)}}).value();
-  }
-  CHECK(view.wait_for(last));
-  s.etcd->advance(1ms);  // what is to be done is done
-  CHECK(s.tap->count("/v3/kv/txn") == 5);
-}
-
 TEST_CASE("registry: it comes back after a partition") {
   Setup s;
   CHECK(s.c.registry().register_service(web("w1"), s.noted()));
