@@ -8055,7 +8055,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     if (mode_ != Mode::Raw && events.front().revision <= revision_) return true;
     revision_ = (std::max)(revision_, events.front().revision);
     bool more = true;
-    for (auto& event : news(std::move(events), false)) more = port->push(std::move(event));
+    for (auto& event : news(std::move(events))) more = port->push(std::move(event));
     port->moved(revision_);
     return more;
   }
@@ -8116,11 +8116,10 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     if (mode_ != Mode::LiveWithValues) std::string().swap(known.value);
   }
 
-  /// False: it is known already, or never was. What is `anew` is not known.
-  bool learn(WatchEvent& event, bool anew) {
+  /// False: a Delete of what is not known.
+  bool learn(WatchEvent& event) {
     auto it = known_.find(event.kv.key);
     bool known = it != known_.end();
-    if (known && !anew && it->second.mod_revision >= event.revision) return false;
     if (event.type == EventType::Put) {
       if (known) event.prev_kv = it->second;
       keep(event.kv);
@@ -8135,11 +8134,11 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
   /// What was not known of these events, in the order in which it is told: of what happens at once
   /// in a queue puts first, the oldest key first, then deletes, the youngest first. So no key seems
   /// to be the oldest for a moment that never was.
-  std::vector<WatchEvent> news(std::vector<WatchEvent> events, bool anew) {
+  std::vector<WatchEvent> news(std::vector<WatchEvent> events) {
     if (mode_ == Mode::Raw) return events;
     std::vector<WatchEvent> news;
     for (auto& event : events) {
-      if (learn(event, anew)) news.push_back(std::move(event));
+      if (learn(event)) news.push_back(std::move(event));
     }
     auto rank = [](const WatchEvent& event) {
       bool put = event.type == EventType::Put;
@@ -8174,7 +8173,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     for (auto& entry : gone) events.push_back(deleted(entry.first, read.second));
     revision_ = read.second;
     heard_at_ = client_->clock->now();
-    for (auto& event : news(std::move(events), true)) {
+    for (auto& event : news(std::move(events))) {
       if (tell) port.push(std::move(event));
     }
     // After those that stand in a queue at first: it may be empty, and that is news, too.
@@ -9579,10 +9578,10 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
       ids_.push_back((*lease)->id);
       if (ids_.size() > kMostIds) ids_.erase(ids_.begin());
     }
-    (*lease)->set_hook([weak = weak_from_this()](const Error&) {
+    (*lease)->set_hook([weak = weak_from_this(), id = (*lease)->id](const Error&) {
       auto self = weak.lock();
       if (!self || self->ended_) return;
-      self->become(Event::Lost);
+      self->become(Event::Lost, false, id);
       self->check_later(milliseconds(0));
     });
     return lease;
@@ -9607,10 +9606,12 @@ class RegistrationState : public HubSink, public std::enable_shared_from_this<Re
     if (ended_) client_->watches->remove(hub_id_);
   }
 
-  /// Tells how the record stands, if it stood otherwise or `again`.
-  void become(Event event, bool again = false) {
+  /// Tells how the record stands, if it stood otherwise or `again`; not if it has left this lease.
+  void become(Event event, bool again = false, std::int64_t with = 0) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      auto hangs = [&](const LeasePtr& lease) { return lease->id == with; };
+      if (with != 0 && std::none_of(leases_.begin(), leases_.end(), hangs)) return;
       // What is another's, or was never ours, cannot be lost.
       bool possible = event != Event::Lost || told_ == Event::Registered;
       if (ended_ || !possible || (told_ == event && !again)) return;

@@ -31,6 +31,18 @@ inline bool sanitized() {
   return value != nullptr && std::string(value) == "1";
 }
 
+/// True in a build with ThreadSanitizer.
+inline bool thread_sanitized() {
+#if defined(__SANITIZE_THREAD__)
+  return true;
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+  return true;
+#endif
+#endif
+  return false;
+}
+
 /// `full` of something, or a tenth of it (one at least) under a sanitizer.
 inline int scaled(int full) { return sanitized() ? (full + 9) / 10 : full; }
 

@@ -705,6 +705,58 @@ TEST_CASE_FIXTURE(Fixture, "watch: a store that was wiped is Compacted for a raw
   CHECK(end.error().code == ErrorCode::Compacted);
 }
 
+TEST_CASE_FIXTURE(Fixture,
+                  "watch: a store is another one once, and not at each break from then on") {
+  auto before = watch("k");
+  auto stream = confirmed(10);
+  stream->send(event_line(stream->creates[0].id, puts_at({20})));
+  CHECK(revisions(before, 1) == "20");
+  gateway->set_range(3);
+  stream->reset();
+  stream = confirmed(3);
+  CHECK_FALSE(next_of(before));
+
+  auto after = watch("k");
+  stream = confirmed(3);
+  std::atomic<int> reads{0};
+  gateway->on_read_of([&](const nlohmann::json&) {
+    ++reads;
+    return FakeGateway::range_answer(3);
+  });
+  stream->reset();
+  stream = confirmed(3);
+  REQUIRE(wait_until([&] { return reads > 0; }, lenient(5s)));
+  stream->send(event_line(stream->creates[0].id, puts_at({4})));
+  CHECK(revisions(after, 1) == "4");
+  CHECK(silent(after));
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a store is known again by the key of another watch") {
+  auto one = watch("a"), other = watch("b");
+  auto stream = confirmed(10);
+  if (stream->creates.size() < 2) stream = confirmed(10);
+  auto id_of = [&](const std::string& key) {
+    const auto& creates = stream->creates;
+    return creates[creates[0].key == base64(key) ? 0 : 1].id;
+  };
+  stream->send(event_line(id_of("b"), puts_at({20}, "b")));
+  CHECK(revisions(other, 1) == "20");
+  std::atomic<int> reads{0};
+  gateway->on_read_of([&](const nlohmann::json& request) {
+    ++reads;
+    const bool known = request.value("key", "") == base64("b") && !request.contains("range_end");
+    return known ? FakeGateway::range_answer(20, nlohmann::json::array({kv_json("b", "", 20)}))
+                 : FakeGateway::range_answer(20);
+  });
+  stream->reset();
+  stream = confirmed(20);
+  REQUIRE(wait_until([&] { return reads > 0; }, lenient(5s)));
+  stream->send(event_line(id_of("a"), puts_at({21}, "a")));
+  CHECK(revisions(one, 1) == "21");
+  CHECK(silent(one));
+  CHECK(silent(other));
+}
+
 TEST_CASE_FIXTURE(Fixture, "view: a wiped store with the same revisions and other values") {
   const std::string key = "/config/app/k";
   gateway->set_range(10, nlohmann::json::array({kv_json(key, "old", 10)}));
