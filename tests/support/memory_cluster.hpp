@@ -174,6 +174,15 @@ class Cluster {
   }
 };
 
+/// It has failed, and so.
+template <class T>
+void check_code(const coordination::Result<T>& result, coordination::ErrorCode code) {
+  CHECK_FALSE(result);
+  if (result) return;
+  INFO(text_of(result));
+  CHECK(std::string(to_string(result.error().code)) == to_string(code));
+}
+
 inline bool eventually(const std::function<bool()>& condition) {
   return wait_until(condition, lenient(milliseconds(3000)));
 }

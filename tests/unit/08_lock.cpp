@@ -31,14 +31,6 @@ std::string hex(std::int64_t number) {
   return text;
 }
 
-template <class T>
-void check_code(const Result<T>& result, ErrorCode code) {
-  CHECK_FALSE(result);
-  if (result) return;
-  INFO(text_of(result));
-  CHECK(std::string(to_string(result.error().code)) == to_string(code));
-}
-
 /// Somebody who waits for a lock in a thread of his own.
 class Waiter {
  public:

@@ -47,14 +47,6 @@ class Candidate {
   Joined thread_;
 };
 
-template <class T>
-void check_code(const Result<T>& result, ErrorCode code) {
-  CHECK_FALSE(result);
-  if (result) return;
-  INFO(text_of(result));
-  CHECK(std::string(to_string(result.error().code)) == to_string(code));
-}
-
 std::string next_value(Watch<LeaderInfo>& watch) {
   const auto info = watch.next(Context::with_timeout(lenient(2s)));
   if (!info) return text_of(info);

@@ -40,14 +40,6 @@ ServiceInfo web(const std::string& id, int port = 80, milliseconds ttl = 9s) {
   return {id, "web", "10.0.0.1", port, {{"zone", "eu"}}, ttl};
 }
 
-template <class T>
-void check_code(const Result<T>& result, ErrorCode code) {
-  CHECK_FALSE(result);
-  if (result) return;
-  INFO(text_of(result));
-  CHECK(std::string(to_string(result.error().code)) == to_string(code));
-}
-
 std::string next(Watch<ServiceEvent>& watch) {
   const auto event = watch.next(Context::with_timeout(lenient(2s)));
   if (!event) return text_of(event);

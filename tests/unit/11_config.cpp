@@ -22,14 +22,6 @@ struct Setup : Cluster {
   }
 };
 
-template <class T>
-void check_code(const Result<T>& result, ErrorCode code) {
-  CHECK_FALSE(result);
-  if (result) return;
-  INFO(text_of(result));
-  CHECK(std::string(to_string(result.error().code)) == to_string(code));
-}
-
 std::string next(Watch<ConfigEvent>& watch) {
   const auto event = watch.next(Context::with_timeout(lenient(2s)));
   if (!event) return text_of(event);

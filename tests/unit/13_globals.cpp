@@ -23,14 +23,6 @@ struct Setup : Cluster {
   }
 };
 
-template <class T>
-void check_code(const Result<T>& result, ErrorCode code) {
-  CHECK_FALSE(result);
-  if (result) return;
-  INFO(text_of(result));
-  CHECK(std::string(to_string(result.error().code)) == to_string(code));
-}
-
 }  // namespace
 
 TEST_CASE("globals: made at first use, one for all") {

@@ -22,14 +22,6 @@ struct Setup : Cluster {
   Coordinator c{connect("one")}, d{connect("two")};
 };
 
-template <class T>
-void check_code(const Result<T>& result, ErrorCode code) {
-  CHECK_FALSE(result);
-  if (result) return;
-  INFO(text_of(result));
-  CHECK(std::string(to_string(result.error().code)) == to_string(code));
-}
-
 Context soon() { return Context::with_timeout(lenient(5s)); }
 
 struct Limits {
