@@ -116,9 +116,10 @@ TEST_CASE_FIXTURE(Fixture, "coordctl lock: shared ones and permits") {
 
 TEST_CASE_FIXTURE(Fixture, "coordctl lock: signals are given on to the whole group") {
   const auto script =
+      "trap 'echo outer; wait; exit 5' USR1; "
       "sh -c 'trap \"echo inner; exit 0\" USR1; echo ready; "
       "while :; do sleep 0.05; done' & "
-      "trap 'echo outer; wait; exit 5' USR1; while :; do sleep 0.05; done";
+      "while :; do sleep 0.05; done";
   auto process = ctl.start(lock({"x"}, {"sh", "-c", script}));
   REQUIRE(process.read_until("ready", lenient(10s)).has_value());
   process.signal(SIGUSR1);
@@ -161,8 +162,8 @@ TEST_CASE_FIXTURE(Fixture, "coordctl lock: the command killed, the lock is free 
 TEST_CASE_FIXTURE(Fixture,
                   "coordctl lock: coordctl killed, the whole group is ended by its guard") {
   const auto script =
-      "sh -c 'trap \"\" TERM; echo pid $$; while :; do sleep 0.05; done' & "
-      "trap 'echo told; exit 0' TERM; wait";
+      "trap 'echo told; exit 0' TERM; "
+      "sh -c 'trap \"\" TERM; echo pid $$; while :; do sleep 0.05; done' & wait";
   auto holder = ctl.start(lock({"--ttl", "2s", "--grace", "500ms", "x"}, {"sh", "-c", script}));
   const auto stubborn = pid_of(holder);
   holder.kill9();
