@@ -4534,9 +4534,10 @@ class TlsConnection : public Connection {
 
 /// The bytes of one exchange, as httplib reads and writes them.
 ///
-/// The head of an answer is read whole before httplib sees it, and its status line is shortened:
-/// httplib takes as many headers as come, and puts the line through a regular expression that
-/// overflows the stack if it is long. Which of the functions override one depends on the version.
+/// The head of an answer is read whole before httplib sees it, and shortened to what it needs:
+/// httplib takes as many headers as come, and puts the status line through a regular expression
+/// that overflows the stack if it is long. Which of the functions override one depends on the
+/// version.
 class HttpStream : public httplib::Stream {
  public:
   HttpStream(Connection& connection, SteadyTime deadline, milliseconds idle, std::size_t most_head)
@@ -4562,14 +4563,12 @@ class HttpStream : public httplib::Stream {
     return static_cast<ssize_t>(n);
   }
 
+  /// Head and body, where they are small, go as one: two packets wake the server twice.
   ssize_t write(const char* from, std::size_t size) {
-    auto until = (std::min)(deadline_, steady_clock::now() + SteadyTime::duration(kMostStall));
-    auto n = refused_ ? 0 : connection_.write(from, size, until);
-    if (n > 0) return sent_ = true, n;
-    // Who does not want the rest of a request may have answered all the same.
-    refused_ = sent_ && !connection_.cause().empty();
-    if (refused_) return static_cast<ssize_t>(size);
-    return note(n), -1;
+    bool fits = output_.size() + size <= kPiece;
+    if (fits) output_.append(from, size);
+    if (!fits && !flush()) return -1;
+    return fits ? static_cast<ssize_t>(size) : send(from, size);
   }
 
   bool is_readable() const { return true; }
@@ -4594,15 +4593,34 @@ class HttpStream : public httplib::Stream {
   static constexpr milliseconds kMostStall{10000};  // until the server takes the next bytes
   static constexpr std::string_view kBegin = "HTTP/1.";
 
+  /// The number of bytes that the server has, or wants no more; or -1.
+  ssize_t send(const char* from, std::size_t size) {
+    auto until = (std::min)(deadline_, steady_clock::now() + SteadyTime::duration(kMostStall));
+    auto n = refused_ ? 0 : connection_.write(from, size, until);
+    if (n > 0) return sent_ = true, n;
+    // Who does not want the rest of a request may have answered all the same.
+    refused_ = sent_ && !connection_.cause().empty();
+    if (refused_) return static_cast<ssize_t>(size);
+    return note(n), -1;
+  }
+  bool flush() {
+    for (std::size_t at = 0; at < output_.size();) {
+      auto n = send(&output_[at], output_.size() - at);
+      if (n < 0) return false;
+      at += static_cast<std::size_t>(n);
+    }
+    return output_.clear(), true;
+  }
+
   ssize_t fill() {
+    if (!flush()) return -1;
     if (drained()) input_.clear(), at_ = 0;
-    auto before = input_.size();
-    input_.resize(before + kPiece);
+    char piece[kPiece];  // NOLINT(cppcoreguidelines-pro-type-member-init): not for us to fill
     auto until = (std::min)(deadline_, steady_clock::now() + SteadyTime::duration(idle_));
-    auto n = connection_.read(&input_[before], kPiece, until);
-    input_.resize(before + static_cast<std::size_t>((std::max)(n, ssize_t{0})));
-    if (n > 0) heard_ = steady_clock::now();
-    if (n <= 0) note(n);
+    auto n = connection_.read(piece, kPiece, until);
+    if (n <= 0) return note(n), n;
+    input_.append(piece, static_cast<std::size_t>(n));
+    heard_ = steady_clock::now();
     return n;
   }
 
@@ -4645,10 +4663,26 @@ class HttpStream : public httplib::Stream {
     in_body_ = code[0] != '1';
     if (!in_body_ && code != "100") return at_ += size, true;  // news on the way to the answer
     auto head = std::string(bytes.substr(0, 12)) + " -\r\n";
-    head += in_body_ ? bytes.substr(bytes.find('\n') + 1) : "\r\n";
+    for (auto at = bytes.find("\r\n") + 2; in_body_ && at + 2 < size;) {
+      auto line = bytes.substr(at, bytes.find("\r\n", at) + 2 - at);
+      if (is_needed(line)) head += line;
+      at += line.size();
+    }
+    head += "\r\n";
     head_left_ = head.size();
     input_.replace(at_, size, head);
     return true;
+  }
+
+  /// Whether it says where the body ends, and what is in it. httplib reads others for nothing.
+  static bool is_needed(std::string_view line) {
+    static constexpr std::array<std::string_view, 4> kNames{
+        "content-length:", "content-encoding:", "transfer-encoding:", "connection:"};
+    return std::any_of(kNames.begin(), kNames.end(), [line](std::string_view name) {
+      auto start = line.substr(0, name.size());
+      return std::equal(start.begin(), start.end(), name.begin(), name.end(),
+                        [](char c, char small) { return (c | 0x20) == small; });
+    });
   }
 
   bool no_http(std::string_view bytes) {
@@ -4661,7 +4695,8 @@ class HttpStream : public httplib::Stream {
   const SteadyTime deadline_;
   const milliseconds idle_;
   const std::size_t most_head_;
-  std::string input_;  // from at_ on it has not been handed out
+  std::string output_;  // not sent yet
+  std::string input_;   // from at_ on it has not been handed out
   std::size_t at_{0}, head_left_{0}, heads_{0}, line_{0};
   SteadyTime heard_{steady_clock::now()};
   bool in_body_{false};

@@ -16,7 +16,68 @@ sockaddr_in loopback() {
   return address;
 }
 
+/// A server that has its answer ready, and notes what each call of send() brings.
+class ReadyConnection : public coordination::detail::Connection {
+ public:
+  explicit ReadyConnection(std::string answer) : answer_(std::move(answer)) {}
+
+  std::vector<std::string> sent;
+
+ private:
+  int receive(char* to, std::size_t size) override {
+    const auto n = answer_.copy(to, size);
+    answer_.erase(0, n);
+    return static_cast<int>(n);
+  }
+  int send(const char* from, std::size_t size) override {
+    sent.emplace_back(from, size);
+    return static_cast<int>(size);
+  }
+
+  std::string answer_;
+};
+
+httplib::Response exchange(ReadyConnection& connection, const std::string& body) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  coordination::detail::HttpStream stream(connection, deadline, {}, 65536);
+  coordination::detail::HttpEngine engine;
+  httplib::Request request;
+  request.method = "POST", request.path = "/", request.body = body;
+  httplib::Response response;
+  auto error = httplib::Error::Success;
+  CHECK(engine.process_request(stream, request, response, false, error));
+  CHECK(stream.drained());
+  CHECK(stream.sent());
+  return response;
+}
+
 }  // namespace
+
+TEST_CASE("connection: a small request goes as one, a large one is not copied") {
+  for (const std::size_t size : {5, 1000, 1000000}) {
+    CAPTURE(size);
+    ReadyConnection connection("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
+    const std::string body(size, 'x');
+    CHECK(exchange(connection, body).body == "hi");
+    std::string all;
+    for (const auto& piece : connection.sent) all += piece;
+    CHECK(connection.sent.size() == (size > 16384 ? 2 : 1));
+    REQUIRE(all.size() > body.size());
+    CHECK(all.substr(all.size() - body.size() - 4) == "\r\n\r\n" + body);
+  }
+}
+
+TEST_CASE("connection: of a head only what is needed to read the body is handed on") {
+  ReadyConnection connection(
+      "HTTP/1.1 200 Fine\r\nDate: today\r\ntransfer-ENCODING: chunked\r\nX: 1\r\n"
+      "Content-Lengthy: 3\r\nConnection: close\r\n\r\n2\r\nhi\r\n0\r\n\r\n");
+  const auto response = exchange(connection, "?");
+  CHECK(response.status == 200);
+  CHECK(response.body == "hi");
+  std::set<std::string> names;
+  for (const auto& header : response.headers) names.insert(header.first);
+  CHECK(names == std::set<std::string>{"Connection", "transfer-ENCODING"});
+}
 
 TEST_CASE("connection: what is cut before it is connected is not connected") {
   const int server = ::socket(AF_INET, SOCK_STREAM, 0);
