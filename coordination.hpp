@@ -1934,6 +1934,7 @@ class [[nodiscard]] LiveConfig {
 #include <atomic>
 #include <cctype>
 #include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <condition_variable>
 #include <csignal>
@@ -3202,38 +3203,152 @@ COORDINATION_API std::optional<std::string> base64_decode(std::string_view text)
   return bytes;
 }
 
-/// What nlohmann may be given: nested no deeper than kMaxDepth; without a NUL, at which it would
-/// end; and not of very many tiny values, each of which takes a hundred bytes (etcd's own have 14
-/// letters or more). A look at the brackets is much cheaper than nlohmann's own callback.
-COORDINATION_API bool is_harmless(std::string_view text) {
-  const std::size_t most_values = (std::max)(kManyValues, text.size() / 8);
-  std::size_t values = 0;
+/// How many values a text has at most; 0 if nlohmann may not be given it: nested deeper than
+/// kMaxDepth; with a NUL, at which it would end; or of very many tiny values, each of which takes
+/// more than fifty bytes (etcd's own have 14 letters or more).
+COORDINATION_API std::size_t count_values(std::string_view text) {
+  const std::size_t most = (std::max)(kManyValues, text.size() / 8);
+  std::size_t values = 1;
   int depth = 0;
   bool in_string = false;
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
-    if (c == '\0') return false;
+    if (c == '\0') return 0;
     if (in_string && c == '\\') {
       ++i;
     } else if (c == '"') {
       in_string = !in_string;
     } else if (!in_string && (c == '{' || c == '[')) {
-      if (++depth > kMaxDepth || ++values > most_values) return false;
+      if (++depth > kMaxDepth || ++values > most) return 0;
     } else if (!in_string && (c == '}' || c == ']')) {
       --depth;
-    } else if (!in_string && c == ',' && ++values > most_values) {
-      return false;
+    } else if (!in_string && c == ',' && ++values > most) {
+      return 0;
     }
   }
-  return true;
+  return values;
+}
+
+/// A value of a JSON text. What is in it follows it, each with its own.
+struct Node {
+  struct Items {
+    bool named;  // an object, and no array
+  };
+  struct Iterator {
+    const Node* at;
+    const Node& operator*() const { return *at; }
+    Iterator& operator++() { return at += at->size, *this; }
+    bool operator!=(const Iterator& other) const { return at != other.at; }
+  };
+
+  std::variant<std::monostate, bool, std::int64_t, std::uint64_t, double, std::string_view, Items>
+      value;
+  std::string_view name{};  // as a member
+  std::size_t size{1};      // with what is in it
+
+  template <class T>
+  const T* as() const {
+    return std::get_if<T>(&value);
+  }
+  bool is_null() const { return value.index() == 0; }
+  bool is_string() const { return as<std::string_view>() != nullptr; }
+  bool is_integer() const { return as<std::int64_t>() || as<std::uint64_t>(); }
+  bool is_object() const { return as<Items>() && as<Items>()->named; }
+  Iterator begin() const { return {this + 1}; }
+  Iterator end() const { return {this + size}; }
+};
+
+/// A JSON text as nlohmann reads it, in two pieces of memory however many values it has: what
+/// etcd says is looked at once. nlohmann calls the functions that are not ours to name.
+class Document {
+ public:
+  explicit Document(std::string_view text) {
+    auto values = count_values(text);
+    nodes_.reserve(values + 1), texts_.reserve(text.size());  // so nothing moves
+    if (values == 0 || !read(text)) nodes_.clear();
+  }
+
+  /// Null if it is no JSON, or nested too deeply.
+  const Node* root() const { return nodes_.empty() ? nullptr : &nodes_.front(); }
+
+  bool null() { return add(std::monostate()); }
+  bool boolean(bool value) { return add(value); }
+  bool number_integer(std::int64_t value) { return add(value); }
+  bool number_unsigned(std::uint64_t value) { return add(value); }
+  bool number_float(double value, const std::string&) { return add(value); }
+  bool string(const std::string& value) { return add(keep(value)); }
+  bool key(const std::string& value) { return name_ = keep(value), true; }
+  template <class Bytes>
+  bool binary(const Bytes&) {
+    return false;
+  }
+  bool start_object(std::size_t) { return open(true); }
+  bool start_array(std::size_t) { return open(false); }
+  bool end_object() { return close(); }
+  bool end_array() { return close(); }
+  template <class Problem>
+  bool parse_error(std::size_t, const std::string&, const Problem&) {
+    return false;
+  }
+
+ private:
+  // The public way compiles its readers of four binary formats, too: 40 kB.
+  bool read(std::string_view text) {
+#if NLOHMANN_JSON_VERSION_MAJOR == 3 && NLOHMANN_JSON_VERSION_MINOR >= 8 && \
+    NLOHMANN_JSON_VERSION_MINOR <= 12
+    auto input = nlohmann::detail::input_adapter(text.begin(), text.end());
+    return nlohmann::detail::parser<Json, decltype(input)>(std::move(input)).sax_parse(this);
+#else
+    return Json::sax_parse(text.begin(), text.end(), this);
+#endif
+  }
+  std::string_view keep(const std::string& text) {
+    auto at = texts_.size();
+    texts_.insert(texts_.end(), text.begin(), text.end());
+    return {texts_.data() + at, text.size()};
+  }
+  template <class T>
+  bool add(T value) {
+    nodes_.push_back({value, std::exchange(name_, {}), 1});
+    return true;
+  }
+  // While one is open, its size is the place of the one that it is in.
+  bool open(bool named) {
+    add(Node::Items{named});
+    nodes_.back().size = std::exchange(open_, nodes_.size() - 1);
+    return true;
+  }
+  bool close() {
+    open_ = std::exchange(nodes_[open_].size, nodes_.size() - open_);
+    return true;
+  }
+
+  std::vector<Node> nodes_;
+  std::vector<char> texts_;
+  std::string_view name_;  // of the next value
+  std::size_t open_{0};    // the innermost one whose end has not come
+};
+
+COORDINATION_API Json to_json(const Node& node) {
+  auto* items = node.as<Node::Items>();
+  Json json = items && items->named ? Json::object() : items ? Json::array() : Json();
+  for (auto& item : node) {
+    if (items->named) json[std::string(item.name)] = to_json(item);
+    if (!items->named) json.push_back(to_json(item));
+  }
+  if (auto* value = node.as<bool>()) json = *value;
+  if (auto* value = node.as<std::int64_t>()) json = *value;
+  if (auto* value = node.as<std::uint64_t>()) json = *value;
+  if (auto* value = node.as<double>()) json = *value;
+  if (auto* value = node.as<std::string_view>()) json = std::string(*value);
+  return json;
 }
 
 /// Empty if it is no JSON, or nested too deeply.
 COORDINATION_API std::optional<Json> parse(std::string_view text) {
-  if (!is_harmless(text)) return std::nullopt;
-  Json json = Json::parse(text.begin(), text.end(), nullptr, false);
-  if (json.is_discarded()) return std::nullopt;
-  return json;
+  Document document(text);
+  if (!document.root()) return std::nullopt;
+  return to_json(*document.root());
 }
 
 COORDINATION_API std::string dump(const Json& json) {
@@ -3242,53 +3357,59 @@ COORDINATION_API std::string dump(const Json& json) {
 
 // Members of an object, by name; a missing or odd one is zero.
 
-COORDINATION_API const Json& member(const Json& object, const char* name) {
-  static const Json kNull;
+COORDINATION_API const Node& member(const Node& object, std::string_view name) {
+  static const Node kNull{};
+  const Node* found = &kNull;
   if (!object.is_object()) return kNull;
-  auto it = object.find(name);
-  return it == object.end() ? kNull : *it;
-}
-
-COORDINATION_API std::int64_t number(const Json& object, const char* name) {
-  const Json& value = member(object, name);
-  if (value.is_number_integer()) return value.get<std::int64_t>();
-  if (value.is_number_float()) {
-    auto real = value.get<double>();
-    return std::abs(real) < 9e18 ? static_cast<std::int64_t>(real) : 0;
+  for (auto& item : object) {
+    if (item.name == name) found = &item;
   }
-  if (!value.is_string()) return 0;
-  const auto& text = value.get_ref<const std::string&>();
-  if (!text.empty() && text[0] == '-') return std::strtoll(text.c_str(), nullptr, 10);
-  return static_cast<std::int64_t>(std::strtoull(text.c_str(), nullptr, 10));
+  return *found;
 }
 
-COORDINATION_API std::string text(const Json& object, const char* name) {
-  const Json& value = member(object, name);
-  return value.is_string() ? value.get<std::string>() : std::string();
+COORDINATION_API std::int64_t number(const Node& object, std::string_view name) {
+  const Node& value = member(object, name);
+  if (auto* number = value.as<std::int64_t>()) return *number;
+  if (auto* number = value.as<std::uint64_t>()) return static_cast<std::int64_t>(*number);
+  if (auto* real = value.as<double>()) {
+    return std::abs(*real) < 9e18 ? static_cast<std::int64_t>(*real) : 0;
+  }
+  auto* text = value.as<std::string_view>();
+  if (!text || text->empty()) return 0;
+  std::int64_t below = 0;
+  std::uint64_t above = 0;
+  auto* end = text->data() + text->size();
+  text->front() == '-' ? std::from_chars(text->data(), end, below)
+                       : std::from_chars(text->data(), end, above);
+  return below + static_cast<std::int64_t>(above);
+}
+
+COORDINATION_API std::string text(const Node& object, std::string_view name) {
+  auto* value = member(object, name).as<std::string_view>();
+  return value ? std::string(*value) : std::string();
 }
 
 /// Empty if it is a text that is no base64.
-COORDINATION_API std::optional<std::string> some_bytes(const Json& object, const char* name) {
-  const Json& value = member(object, name);
-  if (!value.is_string()) return std::string();
-  return base64_decode(value.get_ref<const std::string&>());
+COORDINATION_API std::optional<std::string> some_bytes(const Node& object, std::string_view name) {
+  auto* value = member(object, name).as<std::string_view>();
+  return base64_decode(value ? *value : std::string_view());
 }
 
-COORDINATION_API std::string bytes(const Json& object, const char* name) {
+COORDINATION_API std::string bytes(const Node& object, std::string_view name) {
   return some_bytes(object, name).value_or(std::string());
 }
 
-COORDINATION_API bool flag(const Json& object, const char* name) {
-  const Json& value = member(object, name);
-  return value.is_boolean() && value.get<bool>();
+COORDINATION_API bool flag(const Node& object, std::string_view name) {
+  auto* value = member(object, name).as<bool>();
+  return value && *value;
 }
 
-COORDINATION_API std::int64_t header_revision(const Json& reply) {
+COORDINATION_API std::int64_t header_revision(const Node& reply) {
   return number(member(reply, "header"), "revision");
 }
 
 /// The cluster that says it; 0: the answer does not tell.
-COORDINATION_API std::uint64_t cluster_id(const Json& reply) {
+COORDINATION_API std::uint64_t cluster_id(const Node& reply) {
   return static_cast<std::uint64_t>(number(member(reply, "header"), "cluster_id"));
 }
 
@@ -3462,7 +3583,7 @@ COORDINATION_API std::string watch_body(const WatchRequest& request, std::int64_
 
 // Replies. False: there is a key or a value in it that cannot be read.
 
-COORDINATION_API bool decode(const Json& json, KeyValue& kv) {
+COORDINATION_API bool decode(const Node& json, KeyValue& kv) {
   auto key = some_bytes(json, "key");
   auto value = some_bytes(json, "value");
   if (!key || !value) return false;
@@ -3475,60 +3596,56 @@ COORDINATION_API bool decode(const Json& json, KeyValue& kv) {
   return true;
 }
 
-COORDINATION_API bool decode(const Json& json, std::optional<KeyValue>& to) {
+COORDINATION_API bool decode(const Node& json, std::optional<KeyValue>& to) {
   return !json.is_object() || decode(json, to.emplace());
 }
 
-COORDINATION_API bool decode(const Json& list, std::vector<KeyValue>& to) {
-  if (!list.is_array()) return true;
-  to.resize(list.size());
-  std::size_t i = 0;
-  return std::all_of(list.begin(), list.end(), [&](auto& kv) { return decode(kv, to[i++]); });
+COORDINATION_API bool decode(const Node& list, std::vector<KeyValue>& to) {
+  for (auto& kv : list) {
+    if (!decode(kv, to.emplace_back())) return false;
+  }
+  return true;
 }
 
-COORDINATION_API bool decode(const Json& json, RangeResponse& to) {
+COORDINATION_API bool decode(const Node& json, RangeResponse& to) {
   to.count = number(json, "count");
   to.more = flag(json, "more");
   to.revision = header_revision(json);
   return decode(member(json, "kvs"), to.kvs);
 }
 
-COORDINATION_API bool decode(const Json& json, PutResponse& to) {
+COORDINATION_API bool decode(const Node& json, PutResponse& to) {
   to.revision = header_revision(json);
   return decode(member(json, "prev_kv"), to.prev_kv);
 }
 
-COORDINATION_API bool decode(const Json& json, RemoveResponse& to) {
+COORDINATION_API bool decode(const Node& json, RemoveResponse& to) {
   to.deleted = number(json, "deleted");
   to.revision = header_revision(json);
   return decode(member(json, "prev_kvs"), to.prev_kvs);
 }
 
-COORDINATION_API bool decode(const Json& json, TxnResponse& to);
+COORDINATION_API bool decode(const Node& json, TxnResponse& to);
 
-COORDINATION_API bool decode_op(const Json& json, OpResponse& to) {
-  if (json.contains("response_put")) {
-    return decode(json["response_put"], to.emplace<PutResponse>());
-  }
-  if (json.contains("response_delete_range")) {
-    return decode(json["response_delete_range"], to.emplace<RemoveResponse>());
-  }
-  if (json.contains("response_txn")) {
-    auto txn = std::make_shared<TxnResponse>();
-    to = txn;
-    return decode(json["response_txn"], *txn);
-  }
-  return decode(member(json, "response_range"), to.emplace<RangeResponse>());
+COORDINATION_API bool decode_op(const Node& json, OpResponse& to) {
+  const Node& put = member(json, "response_put");
+  if (!put.is_null()) return decode(put, to.emplace<PutResponse>());
+  const Node& remove = member(json, "response_delete_range");
+  if (!remove.is_null()) return decode(remove, to.emplace<RemoveResponse>());
+  const Node& txn = member(json, "response_txn");
+  if (txn.is_null()) return decode(member(json, "response_range"), to.emplace<RangeResponse>());
+  auto inner = std::make_shared<TxnResponse>();
+  to = inner;
+  return decode(txn, *inner);
 }
 
-COORDINATION_API bool decode(const Json& json, TxnResponse& to) {
+COORDINATION_API bool decode(const Node& json, TxnResponse& to) {
   to.succeeded = flag(json, "succeeded");
   to.revision = header_revision(json);
-  const Json& responses = member(json, "responses");
-  if (!responses.is_array()) return true;
-  return std::all_of(responses.begin(), responses.end(), [&](auto& response) {
-    return decode_op(response, to.responses.emplace_back());
-  });
+  for (auto& response : member(json, "responses")) {
+    if (!decode_op(response, to.responses.emplace_back())) return false;
+  }
+  return true;
 }
 
 /// Of grant, timetolive and keepalive: seconds; 0 or -1 = no such lease.
@@ -3538,24 +3655,22 @@ struct LeaseReply {
   std::uint64_t cluster{0};
 };
 
-COORDINATION_API bool decode(const Json& json, LeaseReply& to) {
+COORDINATION_API bool decode(const Node& json, LeaseReply& to) {
   to.id = number(json, "ID");
   to.ttl = number(json, "TTL");
   to.cluster = cluster_id(json);
   return true;
 }
 
-COORDINATION_API bool decode(const Json& json, Status& to) {
+COORDINATION_API bool decode(const Node& json, Status& to) {
   to.version = text(json, "version");
   to.db_size = number(json, "dbSize");
   to.leader = static_cast<std::uint64_t>(number(json, "leader"));
   to.raft_term = static_cast<std::uint64_t>(number(json, "raftTerm"));
   to.revision = header_revision(json);
   to.member_id = static_cast<std::uint64_t>(number(member(json, "header"), "member_id"));
-  const Json& errors = member(json, "errors");
-  if (!errors.is_array()) return true;
-  for (const Json& error : errors) {
-    if (error.is_string()) to.errors.push_back(error.get<std::string>());
+  for (auto& error : member(json, "errors")) {
+    if (auto* words = error.as<std::string_view>()) to.errors.emplace_back(*words);
   }
   return true;
 }
@@ -3563,28 +3678,30 @@ COORDINATION_API bool decode(const Json& json, Status& to) {
 struct Token {
   std::string text;
 };
-COORDINATION_API bool decode(const Json& json, Token& to) {
+COORDINATION_API bool decode(const Node& json, Token& to) {
   to.text = text(json, "token");
   return true;
 }
 
 struct Nothing {};
-COORDINATION_API bool decode(const Json&, Nothing&) { return true; }
+COORDINATION_API bool decode(const Node&, Nothing&) { return true; }
 
 /// A unary reply of etcd, and of which cluster; empty if it is something else.
 template <class Reply>
 std::optional<std::uint64_t> decode_reply(std::string_view body, Reply& to) {
-  auto json = parse(body);
+  Document document(body);
+  auto* json = document.root();
   if (!json || !member(*json, "header").is_object() || !decode(*json, to)) return std::nullopt;
   return cluster_id(*json);
 }
 
 /// The same of any request, undecoded. Some replies have no header (alarms, a defragmentation).
 COORDINATION_API std::optional<std::uint64_t> decode_any(std::string_view body, Json& to) {
-  auto json = parse(body);
+  Document document(body);
+  auto* json = document.root();
   if (!json || !json->is_object()) return std::nullopt;
-  to = std::move(*json);
-  return cluster_id(to);
+  to = to_json(*json);
+  return cluster_id(*json);
 }
 
 /// Empty if it is no object; null counts as an empty one.
@@ -3599,12 +3716,12 @@ struct EtcdError {
 
 /// Of a unary reply or of the line of a stream, from either gateway (3.4 and some 3.5, or later);
 /// empty if it is none.
-COORDINATION_API std::optional<EtcdError> decode_error(const Json& json) {
-  const Json& error = member(json, "error");
-  const Json& from = error.is_object() ? error : json;
+COORDINATION_API std::optional<EtcdError> decode_error(const Node& json) {
+  const Node& error = member(json, "error");
+  const Node& from = error.is_object() ? error : json;
   EtcdError result;
   result.message = text(from, "message");
-  if (result.message.empty() && error.is_string()) result.message = error.get<std::string>();
+  if (result.message.empty()) result.message = text(json, "error");
   result.code = static_cast<int>(number(from, "code"));
   if (result.code == 0) result.code = static_cast<int>(number(from, "grpc_code"));
   if (result.message.empty() && result.code == 0) return std::nullopt;
@@ -3612,8 +3729,8 @@ COORDINATION_API std::optional<EtcdError> decode_error(const Json& json) {
 }
 
 COORDINATION_API std::optional<EtcdError> decode_error_body(std::string_view body) {
-  auto json = parse(body);
-  return json ? decode_error(*json) : std::nullopt;
+  Document document(body);
+  return document.root() ? decode_error(*document.root()) : std::nullopt;
 }
 
 // Streams.
@@ -3660,14 +3777,14 @@ struct WatchLine {
   std::vector<WatchEvent> events;
 };
 
-COORDINATION_API bool decode(const Json& json, WatchEvent& to) {
+COORDINATION_API bool decode(const Node& json, WatchEvent& to) {
   to.type = text(json, "type") == "DELETE" ? EventType::Delete : EventType::Put;
   bool good = decode(member(json, "kv"), to.kv) && decode(member(json, "prev_kv"), to.prev_kv);
   to.revision = to.kv.mod_revision;
   return good;
 }
 
-COORDINATION_API bool decode(const Json& json, WatchLine& to) {
+COORDINATION_API bool decode(const Node& json, WatchLine& to) {
   to.cluster = cluster_id(json);
   to.id = number(json, "watch_id");
   to.revision = header_revision(json);
@@ -3676,19 +3793,19 @@ COORDINATION_API bool decode(const Json& json, WatchLine& to) {
   to.canceled = flag(json, "canceled");
   to.fragment = flag(json, "fragment");
   to.cancel_reason = text(json, "cancel_reason");
-  const Json& events = member(json, "events");
-  if (!events.is_array()) return true;
-  to.events.reserve(events.size());
-  return std::all_of(events.begin(), events.end(),
-                     [&](auto& event) { return decode(event, to.events.emplace_back()); });
+  for (auto& event : member(json, "events")) {
+    if (!decode(event, to.events.emplace_back())) return false;
+  }
+  return true;
 }
 
 /// One line of a stream: a result, an error of etcd's, or neither: then it is no line of etcd's.
 template <class Line>
 std::variant<std::monostate, Line, EtcdError> decode_line(std::string_view line) {
-  auto json = parse(line);
+  Document document(line);
+  auto* json = document.root();
   if (!json) return {};
-  const Json& result = member(*json, "result");
+  const Node& result = member(*json, "result");
   if (result.is_object()) {
     Line decoded;
     if (decode(result, decoded)) return decoded;
@@ -3739,17 +3856,19 @@ COORDINATION_API std::string encode_service(const ServiceInfo& service) {
 
 /// Whether the member is missing, null, or what `is` says.
 template <class Is>
-bool absent_or(const Json& object, const char* name, Is is) {
-  const Json& value = member(object, name);
+bool absent_or(const Node& object, std::string_view name, Is is) {
+  const Node& value = member(object, name);
   return value.is_null() || is(value);
 }
 
 /// What Go's decoder would refuse is no record.
-COORDINATION_API bool is_service(const Json& json) {
-  auto is_string = [](const Json& value) { return value.is_string(); };
-  auto is_integer = [](const Json& value) { return value.is_number_integer(); };
-  auto are_strings = [&](const Json& value) {
-    return value.is_object() && std::all_of(value.begin(), value.end(), is_string);
+COORDINATION_API bool is_service(const Node& json) {
+  auto is_string = [](const Node& value) { return value.is_string(); };
+  auto is_integer = [](const Node& value) { return value.is_integer(); };
+  auto are_strings = [](const Node& value) {
+    bool all = value.is_object();
+    for (auto& item : value) all = all && item.is_string();
+    return all;
   };
   return json.is_object() && absent_or(json, "id", is_string) &&
          absent_or(json, "name", is_string) && absent_or(json, "address", is_string) &&
@@ -3758,7 +3877,8 @@ COORDINATION_API bool is_service(const Json& json) {
 }
 
 COORDINATION_API std::optional<ServiceInfo> decode_service(std::string_view record) {
-  auto json = parse(record);
+  Document document(record);
+  auto* json = document.root();
   if (!json || !is_service(*json)) return std::nullopt;
   ServiceInfo service;
   service.id = text(*json, "id");
@@ -3769,9 +3889,8 @@ COORDINATION_API std::optional<ServiceInfo> decode_service(std::string_view reco
   service.port = static_cast<int>(port);
   auto ttl = std::chrono::nanoseconds(number(*json, "ttl"));
   service.ttl = std::chrono::duration_cast<milliseconds>(ttl);
-  const Json& metadata = member(*json, "metadata");
-  for (auto it = metadata.begin(); it != metadata.end(); ++it) {
-    service.metadata[it.key()] = it->get<std::string>();
+  for (auto& item : member(*json, "metadata")) {
+    service.metadata[std::string(item.name)] = *item.as<std::string_view>();
   }
   return service;
 }
@@ -10790,18 +10909,18 @@ struct StreamLine {
 };
 
 /// An enum, by name or number. An unknown name is 0: so it is in etcd 3.5.
-COORDINATION_API int choice(const Json& value, std::initializer_list<const char*> names) {
-  if (value.is_number_integer()) return value.get<int>();
+COORDINATION_API int choice(const Node& value, std::initializer_list<std::string_view> names) {
+  if (auto* number = value.as<std::uint64_t>()) return static_cast<int>(*number);
   int index = 0;
-  for (const char* name : names) {
-    if (value == name) return index;
+  for (auto name : names) {
+    if (value.is_string() && *value.as<std::string_view>() == name) return index;
     ++index;
   }
 
   return 0;
 }
 
-COORDINATION_API void decode(const Json& json, RangeRequest& to) {
+COORDINATION_API void decode(const Node& json, RangeRequest& to) {
   to.key = bytes(json, "key");
   to.range_end = bytes(json, "range_end");
   to.limit = number(json, "limit");
@@ -10818,7 +10937,7 @@ COORDINATION_API void decode(const Json& json, RangeRequest& to) {
   to.max_create_revision = number(json, "max_create_revision");
 }
 
-COORDINATION_API void decode(const Json& json, PutRequest& to) {
+COORDINATION_API void decode(const Node& json, PutRequest& to) {
   to.key = bytes(json, "key");
   to.value = bytes(json, "value");
   to.lease = number(json, "lease");
@@ -10827,13 +10946,13 @@ COORDINATION_API void decode(const Json& json, PutRequest& to) {
   to.ignore_lease = flag(json, "ignore_lease");
 }
 
-COORDINATION_API void decode(const Json& json, RemoveRequest& to) {
+COORDINATION_API void decode(const Node& json, RemoveRequest& to) {
   to.key = bytes(json, "key");
   to.range_end = bytes(json, "range_end");
   to.prev_kv = flag(json, "prev_kv");
 }
 
-COORDINATION_API void decode(const Json& json, Compare& to) {
+COORDINATION_API void decode(const Node& json, Compare& to) {
   static constexpr const char* kFields[] = {"version", "create_revision", "mod_revision", "value",
                                             "lease"};
   to.key = bytes(json, "key");
@@ -10845,76 +10964,76 @@ COORDINATION_API void decode(const Json& json, Compare& to) {
   if (target >= 0 && target < 5) to.number = number(json, kFields[target]);
 }
 
-COORDINATION_API void decode(const Json& json, Txn& to);
+COORDINATION_API void decode(const Node& json, Txn& to);
 
 template <class Request>
-Request decode_as(const Json& json) {
+Request decode_as(const Node& json) {
   Request request;
   decode(json, request);
   return request;
 }
 
 /// An operation of no known kind becomes a Txn that is null.
-COORDINATION_API Op decode_op(const Json& json) {
-  const auto field = [&json](const char* name) -> const Json& { return member(json, name); };
-  const Json& range = field("request_range");
+COORDINATION_API Op decode_op(const Node& json) {
+  const auto field = [&json](const char* name) -> const Node& { return member(json, name); };
+  const Node& range = field("request_range");
   if (!range.is_null()) return {decode_as<RangeRequest>(range)};
-  const Json& put = field("request_put");
+  const Node& put = field("request_put");
   if (!put.is_null()) return {decode_as<PutRequest>(put)};
-  const Json& remove = field("request_delete_range");
+  const Node& remove = field("request_delete_range");
   if (!remove.is_null()) return {decode_as<RemoveRequest>(remove)};
-  const Json& txn = field("request_txn");
+  const Node& txn = field("request_txn");
   if (!txn.is_null()) return {std::make_shared<const Txn>(decode_as<Txn>(txn))};
   return {std::shared_ptr<const Txn>()};
 }
 
-COORDINATION_API void decode(const Json& json, Txn& to) {
-  for (const Json& compare : member(json, "compare")) to.when(decode_as<Compare>(compare));
-  for (const Json& op : member(json, "success")) to.then(decode_op(op));
-  for (const Json& op : member(json, "failure")) to.otherwise(decode_op(op));
+COORDINATION_API void decode(const Node& json, Txn& to) {
+  for (const Node& compare : member(json, "compare")) to.when(decode_as<Compare>(compare));
+  for (const Node& op : member(json, "success")) to.then(decode_op(op));
+  for (const Node& op : member(json, "failure")) to.otherwise(decode_op(op));
 }
 
-COORDINATION_API void decode(const Json& json, CompactRequest& to) {
+COORDINATION_API void decode(const Node& json, CompactRequest& to) {
   to.revision = number(json, "revision");
 }
 
-COORDINATION_API void decode(const Json& json, GrantRequest& to) {
+COORDINATION_API void decode(const Node& json, GrantRequest& to) {
   to.id = number(json, "ID");
   to.ttl = number(json, "TTL");
 }
 
-COORDINATION_API void decode(const Json& json, RevokeRequest& to) { to.id = number(json, "ID"); }
+COORDINATION_API void decode(const Node& json, RevokeRequest& to) { to.id = number(json, "ID"); }
 
-COORDINATION_API void decode(const Json& json, KeepAliveRequest& to) { to.id = number(json, "ID"); }
+COORDINATION_API void decode(const Node& json, KeepAliveRequest& to) { to.id = number(json, "ID"); }
 
-COORDINATION_API void decode(const Json& json, TimeToLiveRequest& to) {
+COORDINATION_API void decode(const Node& json, TimeToLiveRequest& to) {
   to.id = number(json, "ID");
   to.keys = flag(json, "keys");
 }
 
-COORDINATION_API void decode(const Json&, LeasesRequest&) {}
-COORDINATION_API void decode(const Json&, StatusRequest&) {}
+COORDINATION_API void decode(const Node&, LeasesRequest&) {}
+COORDINATION_API void decode(const Node&, StatusRequest&) {}
 
-COORDINATION_API void decode(const Json& json, LoginRequest& to) {
+COORDINATION_API void decode(const Node& json, LoginRequest& to) {
   to.name = text(json, "name");
   to.password = text(json, "password");
 }
 
-COORDINATION_API void decode(const Json& json, WatchCreate& to) {
+COORDINATION_API void decode(const Node& json, WatchCreate& to) {
   to.id = number(json, "watch_id");
   to.key = bytes(json, "key");
   to.range_end = bytes(json, "range_end");
   to.start_revision = number(json, "start_revision");
   to.prev_kv = flag(json, "prev_kv");
-  for (const Json& filter : member(json, "filters")) {
+  for (const Node& filter : member(json, "filters")) {
     (choice(filter, {"NOPUT", "NODELETE"}) == 0 ? to.no_put : to.no_delete) = true;
   }
 }
 
-COORDINATION_API void decode(const Json& json, WatchOrder& to) {
-  const Json& create = member(json, "create_request");
+COORDINATION_API void decode(const Node& json, WatchOrder& to) {
+  const Node& create = member(json, "create_request");
   if (!create.is_null()) to.create = decode_as<WatchCreate>(create);
-  const Json& cancel = member(json, "cancel_request");
+  const Node& cancel = member(json, "cancel_request");
   if (!cancel.is_null()) to.cancel = number(cancel, "watch_id");
   to.progress = !member(json, "progress_request").is_null();
 }
@@ -10947,17 +11066,19 @@ COORDINATION_API std::string_view take_object(std::string_view& input) {
 template <class Request>
 std::optional<Request> decode_body(std::string_view body) {
   if (body.empty()) return Request();
-  const std::optional<Json> json = parse(take_object(body));
-  if (!json) return std::nullopt;
-  return decode_as<Request>(*json);
+  const Document document(take_object(body));
+  if (!document.root()) return std::nullopt;
+  return decode_as<Request>(*document.root());
 }
 
 /// The requests of a streaming call; the first that is malformed ends them, as in etcd.
 template <class Request>
 std::vector<Request> decode_stream(std::string_view body) {
   std::vector<Request> requests;
-  while (const std::optional<Json> json = parse(take_object(body))) {
-    requests.push_back(decode_as<Request>(*json));
+  while (true) {
+    const Document document(take_object(body));
+    if (!document.root()) break;
+    requests.push_back(decode_as<Request>(*document.root()));
   }
 
   return requests;

@@ -119,14 +119,16 @@ TEST_CASE("parse: very many tiny values are no JSON of etcd's, very many of its 
   CHECK(wire::parse(list("0", 900'000)));
   CHECK_FALSE(wire::parse(list("0", 1'100'000)));
   CHECK_FALSE(wire::parse(list("{}", 600'000)));
-  CHECK(wire::is_harmless(list(R"({"ID":"7587870000000000001"})", 1'100'000)));
-  CHECK(wire::is_harmless(list(R"({"key":"YQ==","mod_revision":"2","version":"1"})", 500'000)));
+  CHECK(wire::count_values(list(R"({"ID":"7587870000000000001"})", 1'100'000)) == 2'200'001);
+  CHECK(wire::count_values(list(R"({"key":"YQ==","version":"1"})", 500'000)) == 1'500'001);
 }
 
 TEST_CASE("parse: members of an odd kind are zero") {
-  const auto json = Json::parse(R"({"n":"12","m":-3,"f":2.0,"big":"18446744073709551615",
+  const wire::Document document(R"({"n":"12","m":-3,"f":2.0,"big":"18446744073709551615",
       "neg":"-9223372036854775808","bad":"x1","null":null,"obj":{},"arr":[],"t":true,"s":"text",
-      "b":"Zm9v","nob":"***"})");
+      "b":"Zm9v","nob":"***","s":"last of two"})");
+  REQUIRE(document.root());
+  const auto& json = *document.root();
   CHECK(wire::number(json, "n") == 12);
   CHECK(wire::number(json, "m") == -3);
   CHECK(wire::number(json, "f") == 2);
@@ -135,7 +137,7 @@ TEST_CASE("parse: members of an odd kind are zero") {
   for (const char* name : {"bad", "null", "obj", "arr", "t", "missing"}) {
     CHECK(wire::number(json, name) == 0);
   }
-  CHECK(wire::text(json, "s") == "text");
+  CHECK(wire::text(json, "s") == "last of two");
   CHECK(wire::text(json, "m").empty());
   CHECK(wire::bytes(json, "b") == "foo");
   CHECK(wire::bytes(json, "nob").empty());
@@ -144,8 +146,23 @@ TEST_CASE("parse: members of an odd kind are zero") {
   CHECK_FALSE(wire::flag(json, "s"));
   CHECK_FALSE(wire::flag(json, "missing"));
   for (const char* other : {"null", "[]", "1", "\"text\""}) {
-    CHECK(wire::number(Json::parse(other), "n") == 0);
-    CHECK(wire::text(Json::parse(other), "n").empty());
+    const wire::Document odd(other);
+    REQUIRE(odd.root());
+    CHECK(wire::number(*odd.root(), "n") == 0);
+    CHECK(wire::text(*odd.root(), "n").empty());
+  }
+}
+
+TEST_CASE("parse: a value is what nlohmann makes of the text") {
+  for (const char* text :
+       {"null", "true", "-7", "18446744073709551615", "-9223372036854775808", "1.5", "-0.0", "1e3",
+        R"("")", R"("a\u00e4\n\u0000b")", "[]", "{}", "[[],{},[{}],0]",
+        R"({"a":{"b":[1,{"c":null}],"d":"e"},"f":[true,false],"":"","a2":3,"a2":{"last":1}})"}) {
+    CAPTURE(text);
+    const auto value = wire::parse(text);
+    REQUIRE(value);
+    CHECK(*value == Json::parse(text));
+    CHECK(value->dump() == Json::parse(text).dump());
   }
 }
 
