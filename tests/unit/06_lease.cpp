@@ -458,6 +458,23 @@ TEST_CASE("lease: close revokes what it has while a grant has no answer") {
   go.set_value();
 }
 
+TEST_CASE("lease: close waits for a grant that is under way, and revokes what it brings") {
+  Setup s;
+  const auto lease = s.grant();
+  std::atomic<bool> waits{false}, closed{false};
+  s.tap->after([&](const HttpRequest& request) {
+    if (request.path != "/v3/lease/grant") return;
+    waits = true;
+    CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));  // the other one is revoked
+    wait_until([&] { return closed.load(); }, 100ms);
+  });
+  Joined granting([&] { check_code(s.client.grant(9s), ErrorCode::Cancelled); });
+  CHECK(eventually([&] { return waits.load(); }));
+  CHECK(s.c.close());
+  closed = true;
+  CHECK(s.etcd->leases().empty());
+}
+
 TEST_CASE("lease: nothing is told after revoke, also where the handler was due") {
   Setup s;
   Notes notes;
@@ -670,4 +687,19 @@ TEST_CASE("lease: the renewal of another lease is none of this one") {
   REQUIRE_FALSE(renewed);
   CHECK(renewed.error().code == ErrorCode::Internal);
   CHECK(eventually([&] { return !lease.held(); }));
+}
+
+TEST_CASE("lease: a member that serves all but renewals is left for another one") {
+  Notes asked;
+  Granting granting([&](const auto& endpoint, std::int64_t id) {
+    asked.add(endpoint);
+    return asked.lines().front() == endpoint ? silence() : Granting::renewal(7, id);
+  });
+  const auto clock = std::make_shared<ManualClock>();
+  granting.options.clock = clock;
+  auto c = connect_to(granting.options);
+  const auto lease = c.client().grant(1s).value();
+  clock->advance(400ms);
+  REQUIRE(eventually([&] { return asked.size() >= 2; }));
+  CHECK(asked.lines()[1] != asked.lines()[0]);
 }
