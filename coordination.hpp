@@ -8313,9 +8313,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
     std::vector<WatchEvent> events;
     for (auto& kv : read.first) {
       auto node = gone.extract(kv.key);
-      bool same = node && node.mapped().mod_revision == kv.mod_revision &&
-                  node.mapped().create_revision == kv.create_revision;
-      if (same) continue;
+      if (node && node.mapped().mod_revision == kv.mod_revision) continue;
       WatchEvent event;
       event.revision = kv.mod_revision;
       event.kv = std::move(kv);

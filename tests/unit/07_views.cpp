@@ -271,6 +271,64 @@ TEST_CASE("views: a reading that takes longer than options.timeout is possible a
   cluster.tap->before(nullptr);
 }
 
+TEST_CASE("views: to read again there is more time from try to try") {
+  std::atomic<bool> fails{false};
+  std::atomic<int> longest{0};
+  Setup s;
+  s.add("a");
+  const auto view = s.view();
+  CHECK(eventually([&] { return view.connected(); }));
+  s.tap->lose_if([&](const HttpRequest& request) {
+    const bool all = request.body.find("range_end") != std::string::npos;
+    if (!fails || request.endpoint != "http://one:1" || request.path != "/v3/kv/range" || !all) {
+      return false;
+    }
+    const int limit = std::stoi(header(request, "Grpc-Timeout"));  // in ms
+    longest = (std::max)(longest.load(), limit);
+    return true;
+  });
+  s.cut_off("one");
+  s.add("b");
+  s.add("b", 81);
+  s.etcd->compact();
+  fails = true;
+  s.etcd->heal();
+  CHECK(eventually([&] { return longest > 5000; }));
+  fails = false;
+  CHECK(come_to(view, {"a:80", "b:81"}));
+}
+
+TEST_CASE("views: what has changed before a compaction is told in order, and then what has gone") {
+  Setup s;
+  auto& config = s.d.config();
+  for (const char* key : {"w/a", "w/b", "w/c", "w/d"}) config.set(key, 1).value();
+  Notes notes;
+  const auto watch = s.c.config().watch_prefix(
+      "w", [&](const ConfigEvent& event) { notes.add(to_string(event.type) + (" " + event.key)); });
+  const auto view = s.c.config().view("w").value();
+  CHECK(eventually([&] { return view.connected(); }));
+  s.cut_off("one");
+  config.set("w/d", 2).value();
+  config.remove("w/a").value();
+  config.set("w/c", 2).value();
+  config.set("w/b", 2).value();
+  s.etcd->compact();
+  s.etcd->heal();
+  CHECK(eventually([&] { return notes.size() == 4; }));
+  CHECK(notes.lines() == Strings{"PUT w/d", "PUT w/c", "PUT w/b", "DELETE w/a"});
+}
+
+TEST_CASE("handlers: nobody is told of the end that close() makes") {
+  Setup s;
+  Notes notes;
+  auto view = s.view();
+  view.on_end([&](const Error& error) { notes.add(to_string(error.code)); });
+  auto watch = s.c.client().watch({"k"}, [](const WatchEvent&) {}).value();
+  watch.on_end([&](const Error& error) { notes.add(to_string(error.code)); });
+  s.c.close().value();
+  CHECK(notes.size() == 0);
+}
+
 TEST_CASE("handlers: a watch that has ended says so, once, after its events") {
   Setup s;
   Notes notes;

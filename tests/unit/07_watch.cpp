@@ -1,6 +1,7 @@
 // Watches on a gateway that does what the test says: what a live etcd does too seldom to be tested.
 #include <doctest/doctest.h>
 
+#include <future>
 #include <map>
 #include <set>
 #include <thread>
@@ -560,7 +561,9 @@ TEST_CASE_FIXTURE(Fixture, "watch: a full queue rests and goes on from where it 
   rest->send(event_line(other_id, puts_at({18}, "other")));
   CHECK(revisions(other, 1) == "18");
   CHECK_FALSE(gateway->next_stream(50ms));  // it rests
-  CHECK(revisions(events, 6) == "11 12 13 14 15 16");
+  CHECK(revisions(events, 3) == "11 12 13");
+  CHECK_FALSE(gateway->next_stream(50ms));  // a stream for a few is too dear
+  CHECK(revisions(events, 3) == "14 15 16");
 
   const auto again = gateway->next_stream();
   REQUIRE(again);
@@ -598,6 +601,32 @@ TEST_CASE_FIXTURE(Fixture, "watch: a small queue that is read costs no stream") 
   CHECK(gateway->streams() == 1);
 }
 
+TEST_CASE_FIXTURE(Fixture, "watch: a small queue that is read holds a megabyte, and not more") {
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  WatchRequest request;
+  request.key = "k";
+  request.queue_size = 1;
+  Changes seen;
+  const auto slowly = [&](const WatchEvent& event) {
+    seen.add(change_of(event));
+    gone.wait();
+  };
+  const auto handled = client().watch(request, slowly).value();
+  const auto stream = confirmed(10);
+  const auto id = stream->creates[0].id;
+  stream->send(event_line(id, puts_at({11})));
+  REQUIRE(seen.reaches(1, 5s));
+  std::vector<Change> large;
+  for (std::int64_t revision = 12; revision < 17; ++revision) {
+    large.push_back({true, "k", std::string(300 * 1000, 'v'), revision});
+  }
+  stream->send(event_line(id, large));
+  CHECK(stream->left());
+  go.set_value();
+  CHECK(seen.reaches(6, 5s));
+}
+
 TEST_CASE_FIXTURE(Fixture, "watch: what comes after cancel() is nobody's, and the stream ends") {
   auto events = watch("k");
   const auto stream = confirmed();
@@ -621,6 +650,18 @@ TEST_CASE_FIXTURE(Fixture, "watch: compaction ends a raw watch, after what had c
   REQUIRE_FALSE(end);
   CHECK(end.error().code == ErrorCode::Compacted);
   CHECK(end.error().revision == 41);  // complete from here on
+}
+
+TEST_CASE_FIXTURE(Fixture, "watch: a compaction of what it has had already ends no watch") {
+  auto events = watch("k");
+  auto stream = confirmed(10);
+  const auto id = stream->creates[0].id;
+  stream->send(event_line(id, puts_at({41})));
+  stream->send(compacted_line(id, 40));
+  CHECK(revisions(events, 1) == "41");
+  stream = confirmed(41);
+  stream->send(event_line(id, puts_at({42})));
+  CHECK(revisions(events, 1) == "42");
 }
 
 TEST_CASE_FIXTURE(Fixture, "watch: a merge after a compaction does not end an idle watch") {
@@ -783,6 +824,106 @@ TEST_CASE_FIXTURE(Fixture, "view: a wiped store with the same revisions and othe
   for (const auto& change : changes.all()) CHECK(change == Change{true, "app/k", "\"new\"", 10});
 }
 
+TEST_CASE_FIXTURE(Fixture, "view: an empty one cannot know its store again, and reads once more") {
+  auto view = coordinator->config().view("app").value();
+  auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+  // Another store, that is beyond the old one, has a key of before.
+  gateway->on_read_of([](const nlohmann::json& request) {
+    bool ours = request.contains("range_end") && !request.contains("keys_only");
+    auto kvs = nlohmann::json::array();
+    if (ours) kvs.push_back(kv_json("/config/app/k", "1", 5));
+    return FakeGateway::range_answer(20, kvs);
+  });
+  stream->reset();
+  stream = confirmed(20);
+  CHECK(wait_until([&] { return view.get("app/k").has_value(); }, lenient(3s)));
+}
+
+TEST_CASE_FIXTURE(Fixture,
+                  "view: in another store it stands for no revision before it has read it") {
+  auto view = coordinator->config().view("app").value();
+  CHECK(view.wait_for(10, Context::with_timeout(1ms)));
+  auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+  gateway->on_read_of([](const nlohmann::json& request) -> Result<HttpResponse> {
+    if (request.contains("keys_only")) return FakeGateway::range_answer(3);
+    return Error{ErrorCode::Timeout, "frozen", "", Outcome::MaybeApplied, 0};
+  });
+  stream->reset();
+  stream = confirmed(3);
+  CHECK(wait_until([&] { return !view.wait_for(3, Context::with_timeout(1ms)); }, lenient(3s)));
+}
+
+TEST_CASE_FIXTURE(Fixture,
+                  "view: where the store is the same, a stream that breaks costs one look") {
+  const auto kv = [](const std::string& value, std::int64_t revision) {
+    return nlohmann::json::array({kv_json("/config/app/k", value, revision)});
+  };
+  gateway->set_range(10, kv("1", 10));
+  auto view = coordinator->config().view("app").value();
+  auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+  std::atomic<int> looks{0}, reads{0};
+  gateway->on_read_of([&](const nlohmann::json& request) {
+    ++(request.contains("keys_only") ? looks : reads);
+    return FakeGateway::range_answer(10, kv("1", 10));
+  });
+  stream->reset();
+  stream = confirmed(10);
+  REQUIRE(wait_until([&] { return looks > 0; }, lenient(3s)));
+  stream->send(event_line(stream->creates[0].id, {{true, "/config/app/k", "2", 11}}));
+  CHECK(wait_until([&] { return view.get("app/k").value() == 2; }, lenient(3s)));
+  CHECK(looks == 1);
+  CHECK(reads == 0);
+}
+
+TEST_CASE_FIXTURE(Fixture, "view: one that may not read again ends, and says so") {
+  auto view = coordinator->config().view("app").value();
+  const auto stream = confirmed(10);
+  Journal<std::string> ends;
+  view.on_end([&](const Error& error) { ends.add(to_string(error.code)); });
+  gateway->on_read([] {
+    return HttpResponse{403, R"({"code":7,"message":"etcdserver: permission denied"})"};
+  });
+  stream->send(compacted_line(stream->creates[0].id, 40));
+  REQUIRE(ends.reaches(1, 3s));
+  CHECK(ends.all().front() == "PERMISSION_DENIED");
+}
+
+TEST_CASE_FIXTURE(Fixture, "view: one that goes while it is read again leaves no watch behind") {
+  std::promise<void> go;
+  const auto gone = go.get_future().share();
+  std::atomic<int> reads{0};
+  std::optional<ConfigView> view = coordinator->config().view("app").value();
+  const auto stream = confirmed(10);
+  gateway->on_read([&] {
+    ++reads;
+    gone.wait();
+    return FakeGateway::range_answer(50);
+  });
+  stream->send(compacted_line(stream->creates[0].id, 40));
+  REQUIRE(wait_until([&] { return reads > 0; }, lenient(3s)));
+  view.reset();
+  go.set_value();
+  const auto next = gateway->next_stream(200ms);
+  CHECK((!next || next->left()));
+}
+
+TEST_CASE_FIXTURE(Fixture, "view: its age counts from what it has heard last, on whatever stream") {
+  auto view = coordinator->config().view("app").value();
+  const auto stream = confirmed(10);
+  REQUIRE(stream->drained());
+  clock->advance(1s);
+  stream->send(progress_line(stream->creates[0].id, 12));
+  REQUIRE(stream->drained());
+  clock->advance(1s);
+  stream->reset();
+  REQUIRE(gateway->next_stream());
+  CHECK_FALSE(view.connected());
+  CHECK(view.age() == 1s);
+}
+
 TEST_CASE_FIXTURE(Fixture, "view: connected again as soon as a silent member answers") {
   auto view = coordinator->config().view("app").value();
   const auto stream = confirmed(10);
@@ -874,6 +1015,18 @@ TEST_CASE("watch: a stream that ends well and has confirmed nothing is its membe
   stream = f.gateway->next_stream();
   REQUIRE(stream);
   CHECK(stream->endpoint != first);
+}
+
+TEST_CASE("watch: a member that serves but does not confirm watches is left") {
+  Fixture f({"127.0.0.1:1", "127.0.0.1:2"});
+  auto events = f.watch("k");
+  const auto stream = f.gateway->next_stream();
+  REQUIRE(stream);
+  f.clock->advance(11s);
+  CHECK(stream->left());
+  const auto next = f.gateway->next_stream();
+  REQUIRE(next);
+  CHECK(next->endpoint != stream->endpoint);
 }
 
 TEST_CASE_FIXTURE(Fixture, "watch: streams that are confirmed and cut are no storm") {
