@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -49,16 +50,20 @@ inline int scaled(int full) { return sanitized() ? (full + 9) / 10 : full; }
 /// A limit of time, ten times as long under a sanitizer.
 inline milliseconds lenient(milliseconds limit) { return sanitized() ? limit * 10 : limit; }
 
-/// Asks every few milliseconds; false if the condition did not come true within `limit`.
-template <class Condition>
-bool wait_until(Condition condition, milliseconds limit) {
-  const auto end = std::chrono::steady_clock::now() + limit;
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() >= end) return false;
-    std::this_thread::sleep_for(2ms);
+namespace detail {
+
+/// How long, since the system began, somebody here has had to wait for a processor. 0 where the
+/// system does not say.
+inline milliseconds pressure() {
+  std::ifstream file("/proc/pressure/cpu");
+  std::string some, total;
+  while (file >> some && some.compare(0, 6, "total=") != 0) {
   }
-  return true;
+  const long microseconds = file ? std::stol(some.substr(6)) : 0;
+  return milliseconds(microseconds / 1000);
 }
+
+}  // namespace detail
 
 class Stopwatch {
  public:
@@ -68,11 +73,44 @@ class Stopwatch {
   double seconds() const {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   }
-  void reset() { start_ = std::chrono::steady_clock::now(); }
+  /// By how many milliseconds it is over `limit`; 0 if it is not. While the machine had more to do
+  /// than processors, time does not count, but for a tenth: so limits can be narrow, and hold on a
+  /// busy machine.
+  long over(milliseconds limit) const {
+    const auto late = elapsed() - limit;
+    if (late <= 0ms) return 0;
+    const auto busy = std::clamp(detail::pressure() - pressure_, 0ms, 9 * limit);
+    return std::max<long>(0, (late - busy).count());
+  }
+  void reset() { *this = Stopwatch(); }
 
  private:
   std::chrono::steady_clock::time_point start_{std::chrono::steady_clock::now()};
+  milliseconds pressure_{detail::pressure()};
 };
+
+/// Asks every few milliseconds; false if the condition did not come true within `limit`, see
+/// Stopwatch::over().
+template <class Condition>
+bool wait_until(Condition condition, milliseconds limit) {
+  const Stopwatch watch;
+  while (!condition()) {
+    if (watch.over(limit) > 0) return false;
+    std::this_thread::sleep_for(2ms);
+  }
+  return true;
+}
+
+/// Asks for so long; false if the condition came true.
+template <class Condition>
+bool never(Condition condition, milliseconds time) {
+  const Stopwatch watch;
+  while (!condition()) {
+    if (watch.elapsed() > time) return true;
+    std::this_thread::sleep_for(2ms);
+  }
+  return false;
+}
 
 namespace detail {
 
