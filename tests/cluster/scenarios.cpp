@@ -265,7 +265,7 @@ TEST_CASE("a learner and a typo among the endpoints") {
   odd.prepare = [](Stage& stage) {
     const std::size_t learner = stage.etcd.reserve();
     stage.etcd.add(learner, true);
-    const std::string typo = "127.0.0.1:" + std::to_string(free_port());
+    const std::string typo = "127.0.0.1:" + std::to_string(closed_port());
     stage.endpoints.insert(stage.endpoints.begin(), typo);
     stage.endpoints.insert(stage.endpoints.begin() + 2, {stage.etcd.endpoint(learner), typo});
   };

@@ -110,7 +110,7 @@ TEST_CASE("libcurl: the body of an error is returned, not streamed") {
 
 TEST_CASE("libcurl: nobody listens, and an answer that ends early") {
   CurlTransport transport;
-  const std::string nobody = "http://127.0.0.1:" + std::to_string(free_port());
+  const std::string nobody = "http://127.0.0.1:" + std::to_string(closed_port());
   check_error(transport.perform(post_to(nobody), nullptr, Context::with_timeout(5s)),
               ErrorCode::Connection, Outcome::NotApplied);
   const RawServer server(after_request(

@@ -65,7 +65,7 @@ TEST_CASE("coordctl status: a healthy member") {
 
 TEST_CASE("coordctl status: one of two endpoints is not there") {
   const EtcdServer server;
-  const auto nobody = "http://127.0.0.1:" + std::to_string(free_port());
+  const auto nobody = "http://127.0.0.1:" + std::to_string(closed_port());
   const auto all = diagnose(server.url() + "," + nobody);
   INFO(all.text);
   CHECK(all.exit_code == kUnavailable);

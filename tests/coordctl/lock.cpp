@@ -65,7 +65,7 @@ TEST_CASE_FIXTURE(Fixture, "coordctl lock: ends as the command did") {
   CHECK(ctl.run(lock({"x", "--ttl", "soon"}, {"true"})).exit_code == kUsage);
   CHECK(ctl.run(lock({"a//b"}, {"true"})).exit_code == kBadData);
   CHECK(etcdctl.keys("/locks/").empty());
-  const Coordctl nobody("http://127.0.0.1:" + std::to_string(free_port()));
+  const Coordctl nobody("http://127.0.0.1:" + std::to_string(closed_port()));
   CHECK(nobody.run(lock({"x", "--command-timeout", "1s"}, {"true"})).exit_code == kUnavailable);
 }
 

@@ -16,7 +16,7 @@ using namespace support;
 namespace {
 
 /// A port at which nobody listens.
-std::string dead_endpoint() { return "127.0.0.1:" + std::to_string(free_port()); }
+std::string dead_endpoint() { return "127.0.0.1:" + std::to_string(closed_port()); }
 
 void check_works(const CoordinatorOptions& options) {
   auto connected = Coordinator::connect(options);

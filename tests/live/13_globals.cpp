@@ -98,7 +98,7 @@ TEST_CASE_FIXTURE(Fixture, "globals: a failed connect is tried again by the next
   options.endpoints.clear();
   const auto refused = set_default_options(options);
   if (refused) CHECK(get_config("k").error().code == ErrorCode::Validation);
-  options.endpoints = {"127.0.0.1:" + std::to_string(free_port())};
+  options.endpoints = {"127.0.0.1:" + std::to_string(closed_port())};
   options.timeout = 300ms;
   set_default_options(options).value();
   CHECK_FALSE(get_config("k"));

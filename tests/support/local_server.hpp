@@ -19,16 +19,6 @@ class LocalServer {
  public:
   explicit LocalServer(std::string answer, bool drip = false)
       : answer_(std::move(answer)), drip_(drip) {
-    listener_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    for (int i = 0; i < 10; ++i) {
-      port_ = free_port();
-      address.sin_port = htons(static_cast<std::uint16_t>(port_));
-      if (bind(listener_, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0) break;
-    }
-    if (listen(listener_, 64) != 0) throw std::runtime_error("cannot listen");
     thread_ = std::thread([this] { loop(); });
   }
   LocalServer(const LocalServer&) = delete;
@@ -119,8 +109,8 @@ class LocalServer {
 
   const std::string answer_;
   const bool drip_;
-  int listener_{-1};
   int port_{0};
+  const int listener_{listen_somewhere(&port_)};
   std::atomic<bool> stopping_{false};
   std::atomic<int> connections_{0};
   std::atomic<int> requests_{0};

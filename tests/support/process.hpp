@@ -62,25 +62,45 @@ inline std::string find_program(const std::string& name) {
   return "";
 }
 
-/// A free TCP port of 127.0.0.1, below the range that the system hands out: so no other program's
-/// connection takes it while a server is being restarted, and a client that knocks at the closed
-/// port cannot be connected to itself.
-inline int free_port() {
+/// A socket that is bound to a free TCP port, below the range that the system hands out: so no
+/// other program's connection takes it while a server is being restarted, and a client that knocks
+/// at the closed port cannot be connected to itself. Sets `port`.
+inline int bind_somewhere(in_addr_t where, int* port) {
   static std::mutex mutex;
   static std::mt19937 random{std::random_device{}()};
   std::lock_guard<std::mutex> hold(mutex);
   for (int attempt = 0; attempt < 1000; ++attempt) {
-    const int port = std::uniform_int_distribution<int>(10000, 31999)(random);
+    *port = std::uniform_int_distribution<int>(10000, 31999)(random);
     const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     sockaddr_in address{};
     address.sin_family = AF_INET;
-    address.sin_port = htons(static_cast<std::uint16_t>(port));
-    address.sin_addr.s_addr = htonl(INADDR_ANY);
-    const bool free = bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0;
+    address.sin_port = htons(static_cast<std::uint16_t>(*port));
+    address.sin_addr.s_addr = htonl(where);
+    if (bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0) return fd;
     close(fd);
-    if (free) return port;
   }
   throw std::runtime_error("no free TCP port");
+}
+
+/// A TCP port that is free now: another program may take it.
+inline int free_port() {
+  int port = 0;
+  close(bind_somewhere(INADDR_ANY, &port));
+  return port;
+}
+
+/// A port of 127.0.0.1 where nobody listens, nor will while this process lives.
+inline int closed_port() {
+  int port = 0;
+  bind_somewhere(INADDR_LOOPBACK, &port);
+  return port;
+}
+
+/// A socket that listens at a port of 127.0.0.1; sets `port`.
+inline int listen_somewhere(int* port) {
+  const int fd = bind_somewhere(INADDR_LOOPBACK, port);
+  if (listen(fd, 64) != 0) throw std::runtime_error("cannot listen");
+  return fd;
 }
 
 struct ProcessOptions {
@@ -140,33 +160,22 @@ class Process {
     return exit_code_;
   }
 
-  /// One line of its output without the '\n'; empty at the end of the output or of the limit.
-  std::optional<std::string> read_line(milliseconds limit) {
-    const auto end = std::chrono::steady_clock::now() + limit;
-    for (;;) {
-      const auto newline = buffer_.find('\n');
-      if (newline != std::string::npos) {
-        std::string line = buffer_.substr(0, newline);
-        buffer_.erase(0, newline + 1);
-        return line;
-      }
-      if (!fill(end)) return std::nullopt;
-    }
-  }
+  /// One line of its output without the '\n'; empty at the end of the output or of the limit, see
+  /// Stopwatch::over().
+  std::optional<std::string> read_line(milliseconds limit) { return next_line({}, limit); }
   /// Reads lines until one begins with `start`, and returns the rest of that line.
   std::optional<std::string> read_until(const std::string& start, milliseconds limit) {
-    const auto end = std::chrono::steady_clock::now() + limit;
+    const Stopwatch watch;
     for (;;) {
-      const auto left = end - std::chrono::steady_clock::now();
-      auto line = read_line(std::chrono::duration_cast<milliseconds>(left));
+      auto line = next_line(watch, limit);
       if (!line) return std::nullopt;
       if (line->compare(0, start.size(), start) == 0) return line->substr(start.size());
     }
   }
   /// All of its output until it ends it, or until the limit.
   std::string read_all(milliseconds limit) {
-    const auto end = std::chrono::steady_clock::now() + limit;
-    while (fill(end)) {
+    const Stopwatch watch;
+    while (fill(watch, limit)) {
     }
     return std::exchange(buffer_, {});
   }
@@ -232,11 +241,25 @@ class Process {
     const auto name_end = text.rfind(')');
     return name_end + 2 < text.size() ? text[name_end + 2] : '?';
   }
-  bool fill(std::chrono::steady_clock::time_point end) {
-    const auto left =
-        std::chrono::duration_cast<milliseconds>(end - std::chrono::steady_clock::now());
+  std::optional<std::string> next_line(const Stopwatch& watch, milliseconds limit) {
+    for (;;) {
+      const auto newline = buffer_.find('\n');
+      if (newline != std::string::npos) {
+        std::string line = buffer_.substr(0, newline);
+        buffer_.erase(0, newline + 1);
+        return line;
+      }
+      if (!fill(watch, limit)) return std::nullopt;
+    }
+  }
+  bool fill(const Stopwatch& watch, milliseconds limit) {
     pollfd readable{pipe_, POLLIN, 0};
-    if (poll(&readable, 1, static_cast<int>(std::max<long>(0, left.count()))) <= 0) return false;
+    int ready = 0;
+    while (ready == 0 && watch.over(limit) == 0) {
+      const auto left = std::max<milliseconds>(10ms, limit - watch.elapsed());
+      ready = poll(&readable, 1, static_cast<int>(left.count()));
+    }
+    if (ready <= 0) return false;
     char bytes[4096];
     const ssize_t n = read(pipe_, bytes, sizeof(bytes));
     if (n <= 0) return false;

@@ -92,16 +92,6 @@ class RawServer {
   using Serve = std::function<void(Wire&)>;
 
   explicit RawServer(Serve serve) : serve_(std::move(serve)) {
-    listener_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    for (int i = 0; i < 10; ++i) {
-      port_ = free_port();
-      address.sin_port = htons(static_cast<std::uint16_t>(port_));
-      if (bind(listener_, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0) break;
-    }
-    if (listen(listener_, 16) != 0) throw std::runtime_error("cannot listen");
     acceptor_ = std::thread([this] { accept_all(); });
   }
   RawServer(const RawServer&) = delete;
@@ -137,8 +127,8 @@ class RawServer {
   }
 
   const Serve serve_;
-  int listener_{-1};
   int port_{0};
+  const int listener_{listen_somewhere(&port_)};
   std::atomic<bool> stop_{false};
   std::atomic<int> connections_{0};
   std::thread acceptor_;

@@ -21,9 +21,7 @@ struct TlsServerOptions {
 
 class TlsServer {
  public:
-  explicit TlsServer(const TlsServerOptions& options)
-      : context_(SSL_CTX_new(TLS_server_method())),
-        listener_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+  explicit TlsServer(const TlsServerOptions& options) : context_(SSL_CTX_new(TLS_server_method())) {
     if (options.low_security) {
       SSL_CTX_set_cipher_list(context_, "DEFAULT@SECLEVEL=0");
       SSL_CTX_set_min_proto_version(context_, TLS1_VERSION);
@@ -37,15 +35,7 @@ class TlsServer {
           good && SSL_CTX_load_verify_locations(context_, options.client_ca.c_str(), nullptr) == 1;
       SSL_CTX_set_verify(context_, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, nullptr);
     }
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof(address);
-    auto* any = reinterpret_cast<sockaddr*>(&address);
-    good = good && bind(listener_, any, size) == 0 && listen(listener_, 16) == 0;
     if (!good) throw std::runtime_error("the TLS server cannot start");
-    getsockname(listener_, any, &size);
-    port_ = ntohs(address.sin_port);
     acceptor_ = std::thread([this] { accept_all(); });
   }
   TlsServer(const TlsServer&) = delete;
@@ -104,8 +94,8 @@ class TlsServer {
   }
 
   SSL_CTX* context_;
-  const int listener_;
   int port_{0};
+  const int listener_{listen_somewhere(&port_)};
   std::atomic<int> requests_{0};
   std::thread acceptor_;
   std::list<std::thread> threads_;  // of the acceptor alone until it is joined

@@ -206,7 +206,7 @@ TEST_CASE("TLS: that no member will ever be believed is told soon; that some are
   CHECK(text_of(never).find("localhost") != std::string::npos);
   CHECK(watch.over(lenient(15s)) == 0);
   options.timeout = 2s;
-  options.endpoints[1] = "https://127.0.0.1:" + std::to_string(free_port());
+  options.endpoints[1] = "https://127.0.0.1:" + std::to_string(closed_port());
   const Stopwatch longer;
   const auto yet = Coordinator::connect(options);
   for (const char* why : {"unknown CA", "connection refused"}) {
@@ -229,7 +229,7 @@ TEST_CASE("TLS: http and https at the wrong port, and what is no server") {
   const auto to = [](const char* scheme, const std::string& url) {
     return scheme + url.substr(url.find(":/"));
   };
-  const auto closed = "127.0.0.1:" + std::to_string(free_port());
+  const auto closed = "127.0.0.1:" + std::to_string(closed_port());
   row("https to an http port", ask(to("https", plain.url()), trusting()), "is it an http port?");
   row("http to an https port", ask(to("http", tls.url("127.0.0.1")), {}), "https port",
       ErrorCode::Connection, Outcome::MaybeApplied);

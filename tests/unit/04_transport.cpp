@@ -222,7 +222,7 @@ TEST_CASE("transport: a kept connection that the server has closed is replaced")
 
 TEST_CASE("transport: nobody listens: not one byte was sent") {
   HttpRequest request;
-  request.endpoint = "http://127.0.0.1:" + std::to_string(free_port());
+  request.endpoint = "http://127.0.0.1:" + std::to_string(closed_port());
   request.path = "/v3/kv/range";
   const auto answer =
       make_default_transport()->perform(request, nullptr, Context::with_timeout(5s));
@@ -471,7 +471,7 @@ TEST_CASE("transport: all addresses of a name are tried, and the good one first 
 }
 
 TEST_CASE("transport: a name of which no address serves has all their causes") {
-  const SilentPort silent("127.0.0.9", free_port());
+  const SilentPort silent("127.0.0.9", closed_port());
   const auto answer = make_default_transport()->perform(post_to(silent.url("two.test")), nullptr,
                                                         Context::with_timeout(1s));
   REQUIRE_FALSE(answer);
@@ -510,7 +510,7 @@ TEST_CASE("transport: why there is no connection, in plain words") {
     CHECK(answer.error().message == "cannot connect to " + endpoint);
     return answer.error().cause;
   };
-  const auto port = ":" + std::to_string(free_port());
+  const auto port = ":" + std::to_string(closed_port());
   CHECK(cause("http://127.0.0.1" + port) == "connection refused");
   CHECK(cause("https://127.0.0.1" + port) == "connection refused");
   const auto unknown = cause("http://no-such-host.invalid:1");
