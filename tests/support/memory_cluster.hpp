@@ -184,7 +184,7 @@ void check_code(const coordination::Result<T>& result, coordination::ErrorCode c
 }
 
 inline bool eventually(const std::function<bool()>& condition) {
-  return wait_until(condition, lenient(milliseconds(3000)));
+  return wait_until(condition, lenient(5s));
 }
 
 /// A thread that is joined when it is no longer needed.

@@ -268,6 +268,10 @@ class FakeStream {
   bool left(milliseconds limit = 5s) {
     return wait_until([&] { return over_.load(); }, lenient(limit));
   }
+  /// It goes on for so long.
+  bool stays(milliseconds time) {
+    return never([&] { return over_.load(); }, time);
+  }
 
   coordination::Result<coordination::HttpResponse> run(const coordination::ChunkSink& sink,
                                                        const coordination::Context& ctx) {
@@ -319,17 +323,16 @@ class FakeGateway : public coordination::Transport {
 
   /// The next stream that was opened, or null.
   FakeStreamPtr next_stream(milliseconds limit = 5s) {
-    FakeStreamPtr stream;
-    wait_until(
-        [&] {
-          std::lock_guard<std::mutex> hold(mutex_);
-          if (opened_.empty()) return false;
-          stream = opened_.front();
-          opened_.pop_front();
-          return true;
-        },
-        lenient(limit));
+    if (!wait_until([&] { return opens(); }, lenient(limit))) return nullptr;
+    std::lock_guard<std::mutex> hold(mutex_);
+    auto stream = opened_.front();
+    opened_.pop_front();
     return stream;
+  }
+  /// Another stream is there.
+  bool opens() {
+    std::lock_guard<std::mutex> hold(mutex_);
+    return !opened_.empty();
   }
   /// What a range answers from now on.
   void set_range(std::int64_t revision, nlohmann::json kvs = nlohmann::json::array()) {

@@ -203,7 +203,7 @@ TEST_CASE("transport: what is no HTTP is an error") {
     wire.wait_for_end();
   }));
   const auto answer =
-      make_default_transport()->perform(post(server), nullptr, Context::with_timeout(200ms));
+      make_default_transport()->perform(post(server), nullptr, Context::with_timeout(lenient(2s)));
   REQUIRE_FALSE(answer);
   CHECK(answer.error().outcome == Outcome::MaybeApplied);
 }
@@ -214,7 +214,7 @@ TEST_CASE("transport: a kept connection that the server has closed is replaced")
   int good = 0;
   for (int i = 0; i < 5; ++i) {
     if (transport->perform(post(server), nullptr, {})) ++good;
-    std::this_thread::sleep_for(5ms);  // until its end is known here
+    CHECK(wait_until([&] { return connection_count(server.port()) == 0; }, lenient(5s)));
   }
   CHECK(good == 5);
   CHECK(server.connections() == 5);
@@ -244,9 +244,8 @@ void check_deadline(const RawServer& server, const ChunkSink& sink) {
   const Stopwatch watch;
   const auto answer =
       make_default_transport()->perform(post(server), sink, Context::with_timeout(100ms));
-  const auto took = watch.elapsed();
-  CHECK(took.count() >= 100);
-  CHECK(took.count() <= lenient(200ms).count());
+  CHECK(watch.over(lenient(200ms)) == 0);
+  CHECK(watch.elapsed() >= 100ms);
   REQUIRE_FALSE(answer);
   CHECK_MESSAGE(answer.error().code == ErrorCode::Timeout, text_of(answer));
   CHECK(answer.error().outcome == Outcome::MaybeApplied);
@@ -380,7 +379,7 @@ TEST_CASE("transport: cancelled before, while and after") {
       Stopwatch watch;
       asked = false;
       std::thread canceller([&] {
-        wait_until([&] { return asked.load(); }, lenient(1s));
+        wait_until([&] { return asked.load(); }, lenient(5s));
         watch.reset();
         ctx.cancel();
       });
@@ -461,8 +460,9 @@ TEST_CASE("transport: all addresses of a name are tried, and the good one first 
   request.headers.emplace_back("Connection", "close");
   const auto transport = make_default_transport();
   const Stopwatch first;
-  const auto answer = transport->perform(request, nullptr, Context::with_timeout(1s));
+  const auto answer = transport->perform(request, nullptr, Context::with_timeout(10s));
   REQUIRE_MESSAGE(answer, text_of(answer));
+  CHECK(first.over(lenient(1s)) == 0);
   CHECK(first.elapsed().count() >= 200);
   const Stopwatch second;
   for (int i = 0; i < 10; ++i) CHECK(transport->perform(request, nullptr, {}));
@@ -477,7 +477,9 @@ TEST_CASE("transport: a name of which no address serves has all their causes") {
   REQUIRE_FALSE(answer);
   CHECK(answer.error().code == ErrorCode::Timeout);
   CHECK(answer.error().outcome == Outcome::NotApplied);
-  CHECK(answer.error().cause == "connection refused; no answer in 1 s to the connection attempt");
+  const std::string cause = answer.error().cause;
+  CHECK(cause.find("connection refused; no answer in ") == 0);
+  CHECK(cause.find(" s to the connection attempt") != std::string::npos);
 }
 
 TEST_CASE("transport: with more than a thousand files open") {
@@ -749,7 +751,7 @@ TEST_CASE("transport: a TLS handshake that is never answered ends at the deadlin
   const Context ctx;
   Stopwatch since_cancel;
   std::thread canceller([&] {
-    wait_until([&] { return server.connections() == 2; }, lenient(1s));
+    wait_until([&] { return server.connections() == 2; }, lenient(5s));
     since_cancel.reset();
     ctx.cancel();
   });

@@ -73,6 +73,13 @@ Waiter::Acquire permit(Coordinator& c, int permits, const std::string& key = "a"
 bool queued(const Setup& s, std::size_t keys) {
   return eventually([&] { return s.etcd->keys().size() == keys; });
 }
+/// Waits until nobody has asked for anything for a while: all have looked, and are waiting.
+void all_wait(const Setup& s) {
+  int seen = 0;
+  do {
+    seen = s.tap->count();
+  } while (wait_until([&] { return s.tap->count() != seen; }, lenient(40ms)));
+}
 
 }  // namespace
 
@@ -223,10 +230,7 @@ TEST_CASE("lock: an unlock wakes the next in the queue and nobody else") {
     CHECK(eventually([&] { return s.etcd->keys().size() == i + 2; }));
   }
   CHECK(eventually([&] { return waiting == 10; }));
-  for (int seen = -1; seen != s.tap->count();) {  // until all have looked and are waiting
-    seen = s.tap->count();
-    std::this_thread::sleep_for(lenient(40ms));
-  }
+  all_wait(s);
   s.tap->reset();
   lock.reset();
   CHECK(waiters[0]->wins());
@@ -340,7 +344,7 @@ TEST_CASE("lock: who comes while etcd is away waits for it") {
   const int before = s.tap->count();
   CHECK(eventually([&] { return s.tap->count() >= before + 10; }));
   CHECK_FALSE(waiter.done());
-  const auto late = s.c.lock().acquire("b", 9s, Context::with_timeout(50ms));
+  const auto late = s.c.lock().acquire("b", 9s, Context::with_timeout(500ms));
   check_code(late, ErrorCode::Timeout);
   CHECK(late.error().message.find("/locks/b was not acquired within ") == 0);
   CHECK(late.error().cause.find("CONNECTION_ERROR") != std::string::npos);
@@ -904,10 +908,7 @@ TEST_CASE("semaphore: a release wakes those who can be next, and nobody else") {
     waiters.push_back(std::make_unique<Waiter>(permit(s.d, 2)));
     CHECK(eventually([&] { return s.etcd->keys().size() == i + 3; }));
   }
-  for (int seen = -1; seen != s.tap->count();) {  // until all have looked and are waiting
-    seen = s.tap->count();
-    std::this_thread::sleep_for(lenient(40ms));
-  }
+  all_wait(s);
   s.tap->reset();
   one.unlock().value();
   CHECK(waiters[0]->wins());
@@ -1304,6 +1305,6 @@ TEST_CASE("lock: who waits looks again now and then, should its stream be frozen
   std::this_thread::sleep_for(200ms);  // its look
   frozen = true;
   CHECK(lock.unlock());
-  CHECK(wait_until([&] { return waiter.done(); }, 25s));
+  CHECK(wait_until([&] { return waiter.done(); }, lenient(40s)));
   CHECK(waiter.wins());
 }

@@ -105,15 +105,15 @@ TEST_CASE("globals: the first use, too, ends with its Context, and at close()") 
 TEST_CASE("globals: what was connected when close() came is closed") {
   Setup s;
   std::future<void> closing;
-  std::atomic<bool> answered{false};
-  s.tap->after([&](const HttpRequest&) {
-    if (answered.exchange(true)) return;
+  const auto etcd = std::make_shared<ScriptedTransport>();
+  etcd->next("/v3/kv/range", [&](const auto&, const auto&, const Context& ctx) {
     closing = std::async(std::launch::async, [] { CHECK(coordination::close()); });
-    std::this_thread::sleep_for(100ms);  // time in which it says so
+    CHECK(eventually([&] { return ctx.cancelled(); }));  // it has said so
+    return HttpResponse{200, reply(1)};
   });
+  set_default_options(options_with(etcd)).value();
   check_code(default_coordinator(), ErrorCode::Cancelled);
   closing.get();
-  s.tap->after(nullptr);
 }
 
 TEST_CASE("globals: options cannot be set while the Coordinator is being connected") {

@@ -214,7 +214,7 @@ TEST_CASE("update: what ends it") {
           s.d.config().set("n", -++round).value();
           n = 2;
         },
-        Context::with_timeout(300ms));
+        Context::with_timeout(1s));
     check_code(late, ErrorCode::Timeout);
     CHECK(round > 2);
     CHECK(config.get("n").value() == -round);

