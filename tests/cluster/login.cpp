@@ -146,7 +146,7 @@ class Trial {
       MESSAGE(flag_ << ": " << failures[i]);
     }
     CHECK(failures.empty());
-    CHECK(calls_.done() > 20 * seconds);
+    CHECK(calls_.done() > 5 * seconds);
   }
 
  private:

@@ -432,16 +432,16 @@ TEST_CASE_FIXTURE(AuthFixture, "auth: a token that died is replaced, once") {
 
 TEST_CASE_FIXTURE(AuthFixture, "auth: all goes on after a restart and with a dead token [slow]") {
   auto coordinator = connect(bob());
-  auto lock = coordinator.lock().acquire("x", 3s).value();
+  auto lock = coordinator.lock().acquire("x", 8s).value();
   ServiceInfo service{"1", "web", "10.0.0.1", 80};
-  service.ttl = 3s;
+  service.ttl = 8s;
   coordinator.registry().register_service(service).value();
   auto watch = coordinator.config().watch("k").value();
   server.restart();  // cuts the streams
   kill_tokens();
   coordinator.config().set("k", "after", Context::with_timeout(10s)).value();
   CHECK(watch.next(Context::with_timeout(10s)).value().value == "after");
-  CHECK(never([&] { return !lock.held(); }, 4500ms));
+  CHECK(never([&] { return !lock.held(); }, 9s));
   CHECK(coordinator.registry().discover("web").value().size() == 1);
   CHECK(lock.unlock());
 }
@@ -674,11 +674,11 @@ TEST_CASE("time: a call ends at its deadline, at the default one, or when it is 
       ctx.cancel();
     });
     const auto got = client.get("k", ctx);
-    const auto took = watch.elapsed();
+    const auto late = watch.over(lenient(100ms));
     canceller.join();
     REQUIRE_FALSE(got);
     CHECK(got.error().code == ErrorCode::Cancelled);
-    CHECK(took <= lenient(100ms));
+    CHECK(late == 0);
   }
   SUBCASE("a deadline that has passed, and a Context that was cancelled, send nothing") {
     const auto late = client.get("k", Context::with_deadline(std::chrono::steady_clock::now()));

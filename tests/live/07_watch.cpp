@@ -238,14 +238,18 @@ TEST_CASE_FIXTURE(Fixture, "watch: cancel wakes the reader and ends the loop") {
   client.put(dir + "a", "1").value();
   client.put(dir + "b", "2").value();
   Texts seen;
+  std::atomic<int> count{0};
   std::thread canceller([&] {
-    std::this_thread::sleep_for(300ms);
+    wait_until([&] { return count == 2; }, lenient(10s));
     watch.cancel();
   });
-  for (const auto& event : watch) seen.push_back(text(event));
+  for (const auto& event : watch) {
+    seen.push_back(text(event));
+    ++count;
+  }
   canceller.join();
   CHECK(seen == Texts{"PUT " + dir + "a=1", "PUT " + dir + "b=2"});
-  const auto ended = watch.next(Context::with_timeout(1s));
+  const auto ended = watch.next();
   REQUIRE_FALSE(ended);
   CHECK(ended.error().code == ErrorCode::Cancelled);
 }

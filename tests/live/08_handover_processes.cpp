@@ -23,18 +23,21 @@ CoordinatorOptions options_from(const Args& args) {
 // Waits for the moment that all contenders begin at, and tells when the contest is over.
 class Contest {
  public:
-  Contest(const std::string& start_ns, const std::string& length_ms)
-      : start_(std::stoll(start_ns)), end_(start_ + std::stoll(length_ms) * 1000000) {
+  Contest(const std::string& start_file, const std::string& length_ms) {
     say("ready");
-    std::this_thread::sleep_for(std::chrono::nanoseconds(start_ - now_ns()));
+    std::int64_t start = 0;
+    wait_until([&] { return static_cast<bool>(std::ifstream(start_file) >> start); }, lenient(20s));
+    end_ = start + std::stoll(length_ms) * 1000000;
+    std::this_thread::sleep_for(std::chrono::nanoseconds(start - now_ns()));
   }
   bool on() const { return now_ns() < end_; }
 
  private:
-  std::int64_t start_, end_;
+  std::int64_t end_{0};
 };
 
-// Arguments: endpoint, prefix, start, length. Prints how often it has had the lock.
+// Arguments: endpoint, prefix, file that will say the start, length. Prints how often it has had
+// the lock.
 int contend(const Args& args) {
   auto c = connect(options_from(args));
   const Contest contest(args.at(2), args.at(3));
@@ -89,15 +92,16 @@ const bool have_children = child_main("handover-contend", contend) &&
 double rate(const std::string& child, const std::string& prefix, int contenders) {
   REQUIRE(have_children);
   const milliseconds length = lenient(1500ms);
-  // Sanitized programs need their time to start.
-  const auto start = now_ns() + std::chrono::nanoseconds(lenient(800ms)).count();
+  const TempDir folder;
+  const auto start = folder.file("start");
   std::vector<Process> processes;
   for (int i = 0; i < contenders; ++i) {
-    processes.push_back(start_child(child, {lease_etcd().url(), prefix, std::to_string(start),
-                                            std::to_string(length.count())}));
+    processes.push_back(
+        start_child(child, {lease_etcd().url(), prefix, start, std::to_string(length.count())}));
   }
-  for (auto& process : processes) REQUIRE(process.read_line(lenient(5s)) == "ready");
-  REQUIRE(now_ns() < start);
+  for (auto& process : processes) REQUIRE(process.read_line(lenient(10s)) == "ready");
+  std::ofstream(start + ".new") << now_ns() + std::chrono::nanoseconds(100ms).count();
+  REQUIRE(std::rename((start + ".new").c_str(), start.c_str()) == 0);
   int sum = 0;
   for (auto& process : processes) {
     const auto count = process.read_until("count ", lenient(20s));

@@ -39,7 +39,7 @@ TEST_CASE("handover: two contenders pass one lock at least 300 times a second") 
   auto first = connect(options);
   auto second = connect(options);
   double best = 0;
-  for (int round = 0; round < 5 && best < scaled(300); ++round) {  // the machine has other users
+  for (int round = 0; round < 10 && best < scaled(300); ++round) {  // the machine has other users
     Count count;
     std::atomic<bool> stop{false};
     const Stopwatch watch;
