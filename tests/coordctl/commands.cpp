@@ -262,10 +262,15 @@ TEST_CASE_FIXTURE(Fixture, "coordctl config watch: events, and a command for eac
       ctl.start({"--verbose", "config", "watch", "--prefix", "app", "--exec",
                  "echo $COORDINATION_CONFIG_TYPE $COORDINATION_CONFIG_KEY $(cat) >> " + file});
   auto lines = ctl.start({"config", "watch", "app/a"});
-  // Neither says when it has begun: so the first events are sent until they are seen.
-  REQUIRE(wait_until([&] { return etcdctl.put("/config/app/a", "0") && !contents(file).empty(); },
-                     lenient(10s)));
-  REQUIRE(lines.read_line(lenient(10s)).has_value());
+  // Neither says when it has begun: so the first events are sent until both have seen one.
+  bool begun = false;
+  REQUIRE(wait_until(
+      [&] {
+        REQUIRE(etcdctl.put("/config/app/a", "0"));
+        begun = begun || lines.read_line(20ms).has_value();
+        return begun && !contents(file).empty();
+      },
+      lenient(20s)));
   REQUIRE(etcdctl.put("/config/app/b/c", "{\"x\": 1}"));
   REQUIRE(etcdctl.put("/config/app/a", "last"));
   REQUIRE(etcdctl.run({"del", "/config/app/a"}).ok());
