@@ -197,5 +197,5 @@ TEST_CASE("lease: five hundred are renewed in few requests, by few threads") {
   MESSAGE(posts, " requests renewed ", many, " leases for 6.5 s");
   CHECK(posts >= 6);  // a third of 3 s
   CHECK(posts <= 60);
-  CHECK(thread_count() <= 8 + (sanitized() ? 1 : 0));
+  CHECK(thread_count() <= 16 + (sanitized() ? 1 : 0));
 }

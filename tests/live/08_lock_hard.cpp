@@ -238,6 +238,8 @@ TEST_CASE("lock: uncontended lock and unlock are two requests") {
   options.transport = counter;
   auto c = connect(options);
   c.lock().acquire("k", 60s).value().unlock().value();
+  // A lock that is held for longer has a watch of its own.
+  const auto but_for_watches = [&] { return counter->requests() - counter->requests("/v3/watch"); };
   for (const bool try_only : {false, true}) {
     counter->reset();
     for (int i = 0; i < 100; ++i) {
@@ -245,15 +247,15 @@ TEST_CASE("lock: uncontended lock and unlock are two requests") {
       REQUIRE(lock);
       REQUIRE(lock->unlock());
     }
-    CHECK(counter->requests() == 200);
     CHECK(counter->requests("/v3/kv/txn") == 200);
+    CHECK(but_for_watches() == 200);
   }
   counter->reset();
   for (int i = 0; i < 100; ++i) {  // the destructor does the same
     const auto lock = c.lock().acquire("k" + std::to_string(i % 3), 60s);
     REQUIRE(lock);
   }
-  CHECK(counter->requests() == 200);
+  CHECK(but_for_watches() == 200);
 }
 
 // --- What is left behind --------------------------------------------------------------------

@@ -36,7 +36,7 @@ TEST_CASE(
       30s);
   MESSAGE(most_threads, " threads, ", most_connections, " connections, ",
           counting->requests("/v3/lease/keepalive"), " renewals sent");
-  CHECK(most_threads <= 12 + (sanitized() ? 1 : 0));
+  CHECK(most_threads <= 20 + (sanitized() ? 1 : 0));
   CHECK(most_connections <= 16);
   CHECK(lost == 0);
   for (auto& lock : locks) CHECK(lock.held());

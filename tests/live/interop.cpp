@@ -27,7 +27,7 @@ struct Fixture {
 
 TEST_CASE_FIXTURE(Fixture, "interop: etcdctl's lock shuts us out, and hands over in order") {
   auto theirs = ctl.start({"lock", "/locks/x"});
-  const auto their_key = theirs.read_line(5s);
+  const auto their_key = theirs.read_line(lenient(10s));
   REQUIRE(their_key.has_value());
   CHECK(coordinator.lock().try_acquire("x", 10s).error().code == ErrorCode::Conflict);
 
@@ -48,7 +48,7 @@ TEST_CASE_FIXTURE(Fixture, "interop: etcdctl's lock shuts us out, and hands over
   CHECK(ours->key().find("/locks/x/") == 0);
   CHECK_FALSE(third.read_line(300ms).has_value());
   CHECK(ours->unlock());
-  CHECK(third.read_line(5s).value_or("").find("/locks/x/") == 0);
+  CHECK(third.read_line(lenient(10s)).value_or("").find("/locks/x/") == 0);
 }
 
 TEST_CASE_FIXTURE(Fixture, "interop: our lock shuts etcdctl out, and hands over in order") {
@@ -62,7 +62,7 @@ TEST_CASE_FIXTURE(Fixture, "interop: our lock shuts etcdctl out, and hands over 
   CHECK(wait_until([&] { return ctl.keys("/locks/jobs/x/").size() == 3; }, lenient(5s)));
   CHECK_FALSE(theirs.read_line(300ms).has_value());
   CHECK(ours.unlock());
-  const auto their_key = theirs.read_line(5s);
+  const auto their_key = theirs.read_line(lenient(10s));
   CHECK(their_key.value_or("").find("/locks/jobs/x/") == 0);
   CHECK(ctl.keys("/locks/jobs/x/").size() == 2);
   theirs.terminate();
