@@ -216,10 +216,11 @@ TEST_CASE_FIXTURE(Fixture,
 
 TEST_CASE_FIXTURE(Fixture,
                   "coordctl lock: the command inherits what coordctl was given, and no more") {
-  // The shell gives coordctl descriptor 7, and an ignored SIGHUP.
+  // The shell gives coordctl descriptor 7, and an ignored SIGHUP. What is blocked is grep's: a
+  // shell blocks all while it starts somebody.
   const auto script =
       "trap '' HUP; exec 7< /dev/null; exec \"$0\" --endpoints \"$1\" lock x -- sh -c '"
-      "ls /proc/$$/fd; grep -E \"^Sig(Blk|Ign)\" /proc/$$/status'";
+      "ls /proc/$$/fd; grep -E \"^Sig(Blk|Ign)\" /proc/self/status'";
   Process process({"sh", "-c", script, COORDCTL, server.url()}, with_env({}));
   const auto text = process.read_all(lenient(10s));
   CAPTURE(text);
