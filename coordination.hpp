@@ -1870,7 +1870,8 @@ class [[nodiscard]] LiveConfig {
   }
 
   /// The last good value; never null. It stays as it is while it is kept: for several members of
-  /// one value. Local: a pointer is copied, whoever reads delays nobody and waits for nobody.
+  /// one value. Local: a pointer is copied, and nothing runs meanwhile, neither a handler nor a
+  /// request; but std::atomic_load of a shared_ptr may take a mutex for that moment (libstdc++).
   std::shared_ptr<const T> get() const {
     auto shown = detail::live_value(*live_);
     return std::shared_ptr<const T>(shown, static_cast<const T*>(shown->value.get()));
