@@ -572,6 +572,8 @@ struct CoordinatorOptions {
   // Hears of every request, when it is over: for metrics and traces. Called as the Logger is, and
   // in its thread, so that it delays nothing but the log; what it throws is lost.
   std::function<void(const RequestEvent&)> on_request{};
+  // Calls of many threads go together, see Client; false = each of them is a request of its own.
+  bool share_requests{true};
 };
 
 /// A key as etcd keeps it. Keys and values are bytes. Every change of the store has a number, its
@@ -759,6 +761,13 @@ struct ClientState;
 /// was not heard of for two seconds is preceded by a read, so that it is not given to a dead one;
 /// where a member is silent while others answer, its calls end before their time: Unavailable.
 /// The first cluster that answers is the one: an endpoint of another is never used.
+///
+/// Calls of many threads share requests: while two are on their way, further get(key), put(key,
+/// value) or remove(key), and those of ConfigCenter, gather, each kind for itself, and travel as
+/// one Txn. Each has its own Context, and the result or error that it would have had alone; only
+/// may several keys then have the same revision. Nothing is held back where nothing is on its way,
+/// and nothing else is shared: put(PutRequest) always goes by itself.
+/// CoordinatorOptions::share_requests turns it off.
 class Client {
  public:
   /// Errors: NotFound if there is no such key.
@@ -2754,6 +2763,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
   std::shared_ptr<Lane> losses{lane(kCallbackThreads, log)};     // on_lost
   std::shared_ptr<Lane> renewals{lane(3, log)};                  // nothing but lease renewals
   std::shared_ptr<Lane> asides{lane(3, log)};                    // second attempts
+  std::shared_ptr<Lane> batches{lane(6, log)};                   // calls that share requests
   std::shared_ptr<Lane> logins{lane(1, log)};
   std::shared_ptr<Lane> background{lane(1, log)};  // tasks that are soon over
   std::shared_ptr<Lane> readers{lane(2, log)};     // reading again what was missed
@@ -2782,7 +2792,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
   /// Handlers are waited for until `patience` ends, for ever if there is none.
   void stop(SteadyTime limit, std::optional<SteadyTime> patience = std::nullopt) {
     timer.stop();
-    auto soon_over = {renewals, asides, logins, background, readers, streams};
+    auto soon_over = {renewals, asides, batches, logins, background, readers, streams};
     auto handlers = {losses, callbacks};
     for (auto& one : soon_over) one->stop();
     for (auto& one : handlers) one->stop();
@@ -5431,6 +5441,8 @@ class Members {
 };
 
 class LeaseKeeper;
+template <class Request, class Response>
+class Sharer;
 class WatchHub;
 
 /// Of a member: a request was answered; one is late, or has failed; it does not answer.
@@ -5445,7 +5457,16 @@ struct Call {
   std::string body;
   Safety safety;
   bool quorum{true};  // a member without one refuses at once
+  bool once{false};   // one attempt: what fails is not sent again
 };
+
+COORDINATION_API std::string describe(const RangeRequest& range) {
+  return "the read of " + range.key;
+}
+COORDINATION_API std::string describe(const PutRequest& put) { return "the put of " + put.key; }
+COORDINATION_API std::string describe(const RemoveRequest& remove) {
+  return "the removal of " + remove.key;
+}
 
 COORDINATION_API std::string describe(const Txn& txn) {
   if (!txn.compare.empty()) return "transaction on " + txn.compare.front().key;
@@ -5468,6 +5489,9 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   Context open;                         // cancelled when the Coordinator closes
   std::atomic<bool> closing{false};     // no new leases from then on
   std::atomic<std::int64_t> waited{0};  // ms, of destructors, for an etcd that does not answer
+  std::shared_ptr<Sharer<RangeRequest, RangeResponse>> reads;
+  std::shared_ptr<Sharer<PutRequest, PutResponse>> puts;
+  std::shared_ptr<Sharer<RemoveRequest, RemoveResponse>> removals;
   std::shared_ptr<LeaseKeeper> leases;  // of section 6
   std::shared_ptr<WatchHub> watches;    // of section 7
   std::unique_ptr<Members> members;
@@ -5490,8 +5514,8 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
     return decoded;
   }
   Result<RangeResponse> read(const RangeRequest& request, const Context& ctx) {
-    return ask<RangeResponse>({"/v3/kv/range", "the read of " + request.key, wire::body(request),
-                               Safety::Read, !request.serializable},
+    return ask<RangeResponse>({"/v3/kv/range", describe(request), wire::body(request), Safety::Read,
+                               !request.serializable},
                               ctx);
   }
   /// Whether there is something: a key, without its value.
@@ -5501,13 +5525,12 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
     return read(range, ctx);
   }
   Result<PutResponse> put(const PutRequest& request, const Context& ctx) {
-    return ask<PutResponse>(
-        {"/v3/kv/put", "the put of " + request.key, wire::body(request), Safety::Write}, ctx);
+    return ask<PutResponse>({"/v3/kv/put", describe(request), wire::body(request), Safety::Write},
+                            ctx);
   }
   Result<RemoveResponse> remove(const RemoveRequest& request, const Context& ctx) {
     return ask<RemoveResponse>(
-        {"/v3/kv/deleterange", "the removal of " + request.key, wire::body(request), Safety::Write},
-        ctx);
+        {"/v3/kv/deleterange", describe(request), wire::body(request), Safety::Write}, ctx);
   }
   /// `repeated`: an earlier attempt may have been applied, too.
   Result<TxnResponse> commit(const Txn& txn, Safety safety, const Context& ctx,
@@ -5572,7 +5595,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   /// When a request that ends with `ctx` is late.
   Timer::Id suspect_later(std::size_t member, const Context& ctx);
   /// Before a write for a member that was not heard of lately: who answers now is used.
-  Result<void> prove(const std::string& what, const Context& ctx);
+  Result<void> prove(const std::string& what, const Context& ctx, bool once = false);
   /// Asks a member whose it is; false if not ours.
   bool identify(std::size_t member, const std::string& token, const Context& ctx);
 
@@ -5770,6 +5793,17 @@ class Race : public std::enable_shared_from_this<Race> {
   std::optional<Answer> answer_;
 };
 
+/// What a call says whose time is over, or that was cancelled.
+COORDINATION_API Error ended_call(const ClientState& client, const Context& ctx,
+                                  const std::string& call, std::string what, std::string cause,
+                                  Outcome outcome) {
+  bool closed = client.open.cancelled();
+  if (closed) what = closed_error().message;
+  if (ctx.cancelled()) what = call + " was cancelled";
+  auto code = closed || ctx.cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
+  return make_error(code, std::move(what), std::move(cause), outcome);
+}
+
 /// The attempts of one call.
 struct Attempts {
   ClientState& client;
@@ -5818,7 +5852,7 @@ struct Attempts {
     if (!login) return fail({login.error(), Verdict::Next::Stop});
     auto member = client.members->choose();
     if (call.safety != Safety::Read && !client.members->is_fresh(member)) {
-      auto proven = client.prove(call.what, bounded);
+      auto proven = client.prove(call.what, bounded, call.once);
       if (!proven) return fail({unproven(proven.error()), Verdict::Next::Stop});
       member = client.members->choose();
     }
@@ -5871,7 +5905,7 @@ struct Attempts {
   bool go_on() {
     bool unknown = verdict.applied_unknown && call.safety != Safety::Read;
     if (unknown) maybe = true;
-    if (bounded.done() || verdict.next == Verdict::Next::Stop) return false;
+    if (call.once || bounded.done() || verdict.next == Verdict::Next::Stop) return false;
     if (unknown && call.safety == Safety::Write) return false;
     if (verdict.next == Verdict::Next::Login) {
       if (!with_token || client.options.username.empty()) return false;
@@ -5931,10 +5965,7 @@ struct Attempts {
   Outcome outcome() const { return maybe ? Outcome::MaybeApplied : Outcome::NotApplied; }
 
   Error ended(std::string what) const {
-    if (client.open.cancelled()) what = closed_error().message;
-    if (ctx.cancelled()) what = call.what + " was cancelled";
-    auto code = cancelled() ? ErrorCode::Cancelled : ErrorCode::Timeout;
-    return make_error(code, std::move(what), all_reasons(), outcome());
+    return ended_call(client, ctx, call.what, std::move(what), all_reasons(), outcome());
   }
 };
 
@@ -5942,6 +5973,227 @@ COORDINATION_API Result<Reply> ClientState::call(Call request, const Context& ct
                                                  const Accept& accept, bool with_token) {
   return Attempts(*this, std::move(request), ctx, accept, with_token).run();
 }
+
+/// Calls of one kind, by many threads, that share requests. Two are on their way at a time, each
+/// sent by its caller as if there was nobody else; those that come meanwhile gather, and go as one
+/// Txn when one of the two is back. With that one attempt is made: where it has certainly done
+/// nothing, whatever the reason, each of its calls goes by itself, in the time that it has left.
+template <class Request, class Response>
+class Sharer {
+ public:
+  using Alone = Result<Response> (ClientState::*)(const Request&, const Context&);
+
+  Sharer(ClientState& client, Alone alone) : client_(client), alone_(alone) {}
+
+  Result<Response> call(const Request& request, const Context& given) {
+    bool shares = client_.options.share_requests && size_of(request) <= kMostOfOne;
+    if (!shares || rests_until_ > ticks(steady_clock::now())) return go(request, given);
+    auto place = enter();
+    if (place) return go(request, given, place);
+    auto ctx = client_.bounded(given);
+    auto seat = join(request, *ctx.deadline());
+    auto& batch = seat.batch;
+    if (!batch) return go(request, ctx, seat.place);
+    auto begun = steady_clock::now();
+    auto waits = join_contexts({&ctx, &client_.open});
+    if (!batch->wait(waits, begun + lateness(ctx)) && give_up(seat)) return go(request, ctx);
+    if (!batch->wait(waits)) return abandoned(request, ctx, begun);
+    if (batch->place) return go(request, ctx, batch->place);
+    if (batch->error) return failed(request, ctx, *batch);
+    return std::get<Response>(std::move(batch->answer.responses[batch->index_of(seat.caller)]));
+  }
+
+ private:
+  static constexpr bool kReads = std::is_same_v<Request, RangeRequest>;
+  static constexpr std::size_t kOnTheWay = 2, kMostOps = 64;
+  static constexpr std::size_t kMostBytes = 262144, kMostOfOne = 32768;
+  static constexpr milliseconds kLate{1000};   // who is away for so long is not waited for
+  static constexpr milliseconds kPause{1000};  // after what was not good for sharing
+
+  /// Of one that is on its way: until another one takes it.
+  struct Place {
+    SteadyTime* since;
+    SteadyTime mine;
+  };
+
+  struct Batch {
+    Txn txn;
+    std::vector<std::size_t> callers{};  // whose its operations are
+    std::size_t joined{0}, bytes{0};
+    SteadyTime deadline{};  // the last one of theirs
+    bool taken{false};
+    Gate gate;  // its mutex guards the rest
+    bool over{false};
+    std::optional<Place> place{};  // there is one caller, who goes by itself
+    std::optional<Error> error{};
+    TxnResponse answer{};
+
+    std::string what() const { return "the " + describe(txn); }
+    std::size_t index_of(std::size_t caller) const {
+      auto found = std::find(callers.begin(), callers.end(), caller);
+      return static_cast<std::size_t>(found - callers.begin());
+    }
+    bool has(const std::string& key) const {
+      return std::any_of(txn.success.begin(), txn.success.end(),
+                         [&](const Op& op) { return std::get<Request>(op.request).key == key; });
+    }
+    bool wait(const Context& ctx, std::optional<SteadyTime> limit = std::nullopt) {
+      return gate.wait(
+          ctx, [this] { return over; }, limit);
+    }
+    void end() {
+      std::lock_guard<std::mutex> lock(gate.mutex);
+      over = true;
+      gate.changed.notify_all();
+    }
+  };
+  using BatchPtr = std::shared_ptr<Batch>;
+
+  struct Seat {
+    BatchPtr batch{};  // none: it goes by itself
+    std::size_t caller{0};
+    std::optional<Place> place{};
+  };
+
+  static std::size_t size_of(const Request& request) {
+    if constexpr (std::is_same_v<Request, PutRequest>) {
+      return request.key.size() + request.value.size();
+    } else {
+      return request.key.size();
+    }
+  }
+  static std::int64_t ticks(SteadyTime time) { return time.time_since_epoch().count(); }
+
+  Result<Response> go(const Request& request, const Context& ctx,
+                      const std::optional<Place>& place = std::nullopt) {
+    auto done = (client_.*alone_)(request, ctx);
+    if (place) leave(*place);
+    return done;
+  }
+
+  std::optional<Place> enter() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return free_place();
+  }
+
+  /// Under the mutex.
+  std::optional<Place> free_place() {
+    auto now = steady_clock::now();
+    for (auto& since : away_since_) {
+      if (now - since > kLate) return Place{&since, since = now};
+    }
+    return std::nullopt;
+  }
+
+  Seat join(const Request& request, SteadyTime deadline) {
+    Op op{request};
+    auto size = size_of(request);
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto place = free_place();
+    if (place) return {nullptr, 0, place};
+    bool full = waiting_.empty() || waiting_.back()->txn.success.size() >= kMostOps ||
+                waiting_.back()->bytes + size > kMostBytes;
+    if (full) waiting_.push_back(std::make_shared<Batch>());
+    auto& batch = *waiting_.back();
+    if (!kReads && batch.has(request.key)) return {};
+    batch.txn.success.push_back(std::move(op));
+    batch.callers.push_back(batch.joined);
+    batch.bytes += size;
+    batch.deadline = (std::max)(batch.deadline, deadline);
+    return {waiting_.back(), batch.joined++, std::nullopt};
+  }
+
+  /// False: it is on its way.
+  bool give_up(const Seat& seat) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& batch = *seat.batch;
+    if (batch.taken) return false;
+    auto i = static_cast<std::ptrdiff_t>(batch.index_of(seat.caller));
+    batch.txn.success.erase(batch.txn.success.begin() + i);
+    batch.callers.erase(batch.callers.begin() + i);
+    if (batch.callers.empty()) {
+      waiting_.erase(std::find(waiting_.begin(), waiting_.end(), seat.batch));
+    }
+    return true;
+  }
+
+  void leave(Place place) {
+    auto batch = next(place);
+    if (!batch) return;
+    auto& executor = *client_.executor;
+    executor.run(executor.batches,
+                 [self = client_.shared_from_this(), this, batch, place] { send(batch, place); });
+  }
+
+  /// What is to be sent in this place. One call alone goes in its own thread.
+  BatchPtr next(Place& place) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (*place.since != place.mine) return nullptr;
+    *place.since = {};
+    if (waiting_.empty()) return nullptr;
+    auto batch = std::move(waiting_.front());
+    waiting_.pop_front();
+    batch->taken = true;
+    *place.since = place.mine = steady_clock::now();
+    if (batch->callers.size() > 1) return batch;
+    batch->place = place;
+    batch->end();
+    return nullptr;
+  }
+
+  void send(BatchPtr batch, Place place) {
+    while (batch) {
+      attempt(*batch);
+      batch->end();
+      batch = next(place);
+    }
+  }
+
+  void attempt(Batch& batch) {
+    Call call{"/v3/kv/txn", batch.what(), wire::body(batch.txn),
+              kReads ? Safety::Read : Safety::Write};
+    call.once = true;
+    auto accept = [&](const std::string& body) {
+      auto cluster = wire::decode_reply(body, batch.answer);
+      return is_whole(batch) ? cluster : std::nullopt;
+    };
+    auto reply = client_.call(std::move(call), Context::with_deadline(batch.deadline), accept);
+    if (!reply) batch.error = reply.error();
+    bool good = reply && reply->body.size() <= kMostBytes;
+    if (!good) rests_until_ = ticks(steady_clock::now() + kPause);
+  }
+
+  static bool is_whole(const Batch& batch) {
+    auto& responses = batch.answer.responses;
+    return responses.size() == batch.callers.size() &&
+           std::all_of(responses.begin(), responses.end(), [](const OpResponse& response) {
+             return std::holds_alternative<Response>(response);
+           });
+  }
+
+  Result<Response> failed(const Request& request, const Context& ctx, const Batch& batch) {
+    Error error = *batch.error;
+    if (error.outcome == Outcome::NotApplied) return go(request, ctx);
+    auto at = error.message.find(batch.what());
+    if (at != std::string::npos) error.message.replace(at, batch.what().size(), describe(request));
+    return error;
+  }
+
+  /// It was sent, and has no time left for the answer.
+  Error abandoned(const Request& request, const Context& ctx, SteadyTime begun) const {
+    auto call = describe(request);
+    auto time = seconds_words(steady_clock::now() - begun);
+    return ended_call(client_, ctx, call, call + " was not done in " + time, "no answer in " + time,
+                      kReads ? Outcome::NotApplied : Outcome::MaybeApplied);
+  }
+
+  ClientState& client_;
+  const Alone alone_;
+  std::atomic<std::int64_t> rests_until_{0};
+  std::mutex mutex_;  // guards the rest
+  std::array<SteadyTime, kOnTheWay> away_since_{};
+  std::deque<BatchPtr> waiting_;
+};
 
 /// Of a member that was found dead.
 COORDINATION_API Error silent_member(Outcome outcome) {
@@ -6119,8 +6371,11 @@ COORDINATION_API bool is_out_of_reach(const Error& error) {
          error.code == ErrorCode::Unavailable || error.code == ErrorCode::Cancelled;
 }
 
-COORDINATION_API Result<void> ClientState::prove(const std::string& what, const Context& ctx) {
-  auto reply = call(knock_call(*this, what), ctx, [](const std::string& answer) {
+COORDINATION_API Result<void> ClientState::prove(const std::string& what, const Context& ctx,
+                                                 bool once) {
+  auto knocks = knock_call(*this, what);
+  knocks.once = once;
+  auto reply = call(std::move(knocks), ctx, [](const std::string& answer) {
     wire::Nothing nothing;
     return wire::decode_reply(answer, nothing);
   });
@@ -6373,15 +6628,6 @@ COORDINATION_API const RangeResponse& TxnResponse::range(std::size_t i) const {
   return range ? *range : kEmpty;
 }
 
-COORDINATION_API Result<KeyValue> Client::get(std::string key, Context ctx) {
-  RangeRequest request;
-  request.key = key;
-  auto response = range(std::move(request), std::move(ctx));
-  if (!response) return response.error();
-  if (!response->kvs.empty()) return std::move(response->kvs.front());
-  return detail::make_error(ErrorCode::NotFound, "there is no key " + key);
-}
-
 namespace detail {
 
 COORDINATION_API Error empty_key() { return invalid("a key is empty"); }
@@ -6409,6 +6655,16 @@ COORDINATION_API Result<void> validate_txn(const Txn& txn) {
 
 }  // namespace detail
 
+COORDINATION_API Result<KeyValue> Client::get(std::string key, Context ctx) {
+  if (key.empty()) return detail::empty_key();
+  RangeRequest request;
+  request.key = key;
+  auto response = state_->reads->call(request, ctx);
+  if (!response) return response.error();
+  if (!response->kvs.empty()) return std::move(response->kvs.front());
+  return detail::make_error(ErrorCode::NotFound, "there is no key " + key);
+}
+
 COORDINATION_API Result<RangeResponse> Client::range(RangeRequest request, Context ctx) {
   if (request.key.empty() && request.range_end.empty()) return detail::empty_key();
   return state_->read(request, ctx);
@@ -6418,7 +6674,8 @@ COORDINATION_API Result<PutResponse> Client::put(std::string key, std::string va
   PutRequest request;
   request.key = std::move(key);
   request.value = std::move(value);
-  return put(std::move(request), std::move(ctx));
+  if (request.key.empty()) return detail::empty_key();
+  return state_->puts->call(request, ctx);
 }
 
 COORDINATION_API Result<PutResponse> Client::put(PutRequest request, Context ctx) {
@@ -6430,7 +6687,8 @@ COORDINATION_API Result<PutResponse> Client::put(PutRequest request, Context ctx
 COORDINATION_API Result<RemoveResponse> Client::remove(std::string key, Context ctx) {
   RemoveRequest request;
   request.key = std::move(key);
-  return remove(std::move(request), std::move(ctx));
+  if (request.key.empty()) return detail::empty_key();
+  return state_->removals->call(request, ctx);
 }
 
 COORDINATION_API Result<RemoveResponse> Client::remove(RemoveRequest request, Context ctx) {
@@ -10235,7 +10493,7 @@ COORDINATION_API Error no_config(const std::string& key) {
 COORDINATION_API Result<ConfigEntry> ConfigCenter::get_entry(std::string key, Context ctx) {
   auto range = detail::config_key(*state_, key);
   if (!range) return range.error();
-  auto found = state_->client->read(range->request<RangeRequest>(), ctx);
+  auto found = state_->client->reads->call(range->request<RangeRequest>(), ctx);
   if (!found) return found.error();
   if (found->kvs.empty()) return detail::no_config(key);
   return detail::config_entry(found->kvs.front(), std::move(key));
@@ -10256,7 +10514,7 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::set(std::string key,
   PutRequest put;
   put.key = path;
   put.value = *bytes;
-  auto done = state_->client->put(put, ctx);
+  auto done = state_->client->puts->call(put, ctx);
   if (done) return done->revision;
   // Whether it has taken effect, where the answer was lost: then it is done, whoever did it.
   if (done.error().outcome == Outcome::NotApplied || ctx.done()) return done.error();
@@ -10300,7 +10558,7 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::remove(std::string key, Cont
   ctx = state_->client->bounded(ctx);
   RemoveRequest remove;
   remove.key = state_->path("/config/", key);
-  auto done = state_->client->remove(remove, ctx);
+  auto done = state_->client->removals->call(remove, ctx);
   if (done && done->deleted > 0) return done->revision;
   if (done) return detail::no_config(key);
   return done.error();
@@ -10473,6 +10731,11 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
     if (std::find(urls.begin(), urls.end(), url) == urls.end()) urls.push_back(std::move(url));
   }
   client->members = std::make_unique<Members>(std::move(urls), client->open);
+  client->reads =
+      std::make_shared<Sharer<RangeRequest, RangeResponse>>(*client, &ClientState::read);
+  client->puts = std::make_shared<Sharer<PutRequest, PutResponse>>(*client, &ClientState::put);
+  client->removals =
+      std::make_shared<Sharer<RemoveRequest, RemoveResponse>>(*client, &ClientState::remove);
   client->leases = std::make_shared<LeaseKeeper>(client);
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
