@@ -2763,7 +2763,7 @@ struct Executor : std::enable_shared_from_this<Executor> {
   std::shared_ptr<Lane> losses{lane(kCallbackThreads, log)};     // on_lost
   std::shared_ptr<Lane> renewals{lane(3, log)};                  // nothing but lease renewals
   std::shared_ptr<Lane> asides{lane(3, log)};                    // second attempts
-  std::shared_ptr<Lane> batches{lane(6, log)};                   // calls that share requests
+  std::shared_ptr<Lane> batches{lane(32, log)};                  // calls that share requests
   std::shared_ptr<Lane> logins{lane(1, log)};
   std::shared_ptr<Lane> background{lane(1, log)};  // tasks that are soon over
   std::shared_ptr<Lane> readers{lane(2, log)};     // reading again what was missed
