@@ -1168,6 +1168,16 @@ TEST_CASE("members: an endpoint of another cluster is not believed, and named") 
   CHECK(log.find("another cluster", first + 1) == std::string::npos);
 }
 
+TEST_CASE("members: who may not read the first key is believed all the same") {
+  Setup setup;
+  setup.options.endpoints = {"one:2379", "two:2379"};
+  setup.etcd->always(kRange, ok(reply_of(7, 1)));
+  auto& client = setup.client();
+  setup.etcd->endpoint("http://one:2379", refused());
+  setup.etcd->endpoint("http://two:2379", etcd_error(403, 7, "etcdserver: permission denied"));
+  check_error(client.range({"a"}), ErrorCode::PermissionDenied, Outcome::NotApplied);
+}
+
 TEST_CASE("members: what needs a quorum says so, and how much time there is") {
   Setup setup;
   auto& client = setup.client();

@@ -355,6 +355,34 @@ TEST_CASE("lease: renewals go on through lost answers, no leader and dead tokens
   CHECK(notes.size() == 0);
 }
 
+TEST_CASE("lease: a renewal gets itself the token that it needs, with nobody else's help") {
+  Setup s;
+  s.etcd->enable_auth("pw");
+  auto options = s.options("two");
+  options.username = "root";
+  options.password = "pw";
+  auto c = connect_to(options);
+  const auto lease = c.client().grant(9s).value();
+  s.etcd->invalidate_tokens();
+  s.etcd->advance(lease.ttl() / 3 + 1ms);
+  CHECK(eventually([&] { return s.tap->finished(kKeepAlive) == 2; }));
+  for (int i = 0; i < 3; ++i) s.third_of(lease);
+  CHECK(lease.held());
+  CHECK(s.tap->finished("/v3/auth/authenticate") == 2);
+}
+
+TEST_CASE("lease: of two, the one whose time is over first is lost first") {
+  const auto etcd = std::make_shared<MemoryEtcd>();
+  auto c = connect_to(options_with(etcd));
+  const auto later = c.client().grant(60s).value();
+  auto sooner = c.client().grant(2s).value();
+  std::atomic<int> lost{0};
+  sooner.on_lost([&](const Error&) { ++lost; });
+  etcd->partition();
+  CHECK(wait_until([&] { return lost == 1; }, lenient(10s)));
+  CHECK(later.held());
+}
+
 TEST_CASE("lease: a grant that took long is renewed before it is too late") {
   Setup s;
   for (const milliseconds took : {4s, 7s}) {

@@ -773,9 +773,13 @@ TEST_CASE_FIXTURE(Fixture,
 }
 
 TEST_CASE_FIXTURE(Fixture, "watch: a store is known again by the key of another watch") {
-  auto one = watch("a"), other = watch("b");
+  auto one = watch("a");
+  const auto first = confirmed(10);
+  REQUIRE(first->drained());
+  auto other = watch("b");
   auto stream = confirmed(10);
-  if (stream->creates.size() < 2) stream = confirmed(10);
+  REQUIRE(stream->creates.size() == 2);
+  REQUIRE(first->left());
   auto id_of = [&](const std::string& key) {
     const auto& creates = stream->creates;
     return creates[creates[0].key == base64(key) ? 0 : 1].id;
@@ -802,14 +806,16 @@ TEST_CASE_FIXTURE(Fixture, "view: a wiped store with the same revisions and othe
   const std::string key = "/config/app/k";
   gateway->set_range(10, nlohmann::json::array({kv_json(key, "old", 10)}));
   auto view = coordinator->config().view("app").value();
+  CHECK(view.get("app/k").value() == "old");
+  const auto first = confirmed(10);
+  REQUIRE(first->drained());
   Changes changes;
   auto watch = coordinator->config()
                    .watch_prefix("app", [&](const ConfigEvent& e) { changes.add(change_of(e)); })
                    .value();
-  CHECK(view.get("app/k").value() == "old");
   auto stream = confirmed(10);
-  if (stream->creates.size() < 2) stream = confirmed(10);
-  REQUIRE(stream->drained());
+  REQUIRE(stream->creates.size() == 2);
+  REQUIRE(first->left());
   REQUIRE(wait_until([&] { return view.connected(); }, lenient(5s)));
 
   // The new store says 3, and is at 10 again when all is read.

@@ -639,6 +639,46 @@ TEST_CASE("registry: update tells no event, but that what was lost is there agai
   CHECK(std::count(told.begin(), told.end(), "REPLACED") == 0);
 }
 
+TEST_CASE("registry: what is lost, and is to come back, may be updated meanwhile") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  s.etcd->fail_next(1000, "/v3/lease/grant");
+  s.etcd->expire_lease(s.lease_of("/services/web/w1"));
+  CHECK(eventually([&] { return s.notes.contain("LOST w1"); }));
+  s.etcd->fail_next(0, "/v3/lease/grant");
+  CHECK(s.c.registry().update("w1", {{"x", "y"}}));
+  CHECK(s.d.registry().discover("web")->at(0).metadata.at("x") == "y");
+}
+
+TEST_CASE("registry: what could not be put back at once is put back later") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1"), s.noted()));
+  s.tap->lose(6, "/v3/kv/txn");  // two looks, of three attempts each
+  s.d.client().remove("/services/web/w1").value();
+  CHECK(s.come_to({"w1"}));
+}
+
+TEST_CASE("registry: registered again under a lease that has died unheard") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1)));
+  s.tap->lose_if([](const HttpRequest& request) { return request.path == "/v3/watch"; });
+  s.etcd->cut_streams();
+  CHECK(eventually([&] { return s.tap->finished("/v3/lease/keepalive") > 0; }));
+  s.etcd->expire_lease(s.lease_of("/services/web/w1"));
+  CHECK(s.c.registry().register_service(web("w1", 2)));
+  CHECK(s.ids() == std::vector<std::string>{"w1"});
+}
+
+TEST_CASE("registry: unregistered after a change that nobody has heard of") {
+  Setup s;
+  CHECK(s.c.registry().register_service(web("w1", 1)));
+  s.etcd->drop_replies(3, "/v3/kv/txn");
+  check_code(s.c.registry().register_service(web("w1", 2)), ErrorCode::Connection);
+  s.etcd->fail_next(1000, "/v3/lease/revoke");  // which would take it away, too
+  CHECK(s.c.registry().unregister("w1"));
+  CHECK(s.ids().empty());
+}
+
 TEST_CASE("registry: what is to stay away when it is lost is not brought back by update") {
   Setup s;
   CHECK(s.c.registry().register_service(web("w1"), s.noted(HealPolicy::NotifyOnly)));
@@ -733,6 +773,14 @@ TEST_CASE("registry: a registration that ends with its handle") {
   check_code(last.update({}), ErrorCode::NotFound);
   check_code(s.c.registry().unregister("w3"), ErrorCode::NotFound);
   check_code(s.c.registry().register_scoped(web("")), ErrorCode::Validation);
+}
+
+TEST_CASE("registry: a handle's record is replaced, and not taken over, by register_service") {
+  Setup s;
+  auto handle = s.c.registry().register_scoped(web("w1", 1)).value();
+  CHECK(s.c.registry().register_service(web("w1", 2)));
+  check_code(handle.update({{"x", "y"}}), ErrorCode::NotFound);
+  CHECK(s.d.registry().discover("web").value() == std::vector<ServiceInfo>{web("w1", 2)});
 }
 
 TEST_CASE("registry: a handle ends what it has registered, and not what another one has since") {

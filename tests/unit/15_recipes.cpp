@@ -310,6 +310,19 @@ TEST_CASE("live: handlers hear of each good value, and of no other") {
   CHECK(*copy == 4);
 }
 
+TEST_CASE("live: it follows where there is no handler, and says how its view has ended") {
+  Setup s;
+  s.c.config().set("n", 1).value();
+  const auto live = LiveConfig<int>::follow(s.c.config(), "n", 0).value();
+  s.d.config().set("n", 2).value();
+  CHECK(eventually([&] { return *live == 2; }));
+  s.etcd->enable_auth("secret");
+  s.etcd->cut_streams();
+  REQUIRE(eventually([&] { return live.error().has_value(); }));
+  CHECK(live.error()->code == ErrorCode::PermissionDenied);
+  CHECK(*live == 2);
+}
+
 TEST_CASE("live: the last copy ends it, also from inside its handler") {
   Setup s;
   std::atomic<int> told{0};
@@ -494,7 +507,7 @@ TEST_CASE("pick: who has failed rests for a while, unless all do") {
   view.report_failure("nobody");
   CHECK(s.picks(view, any) == Counts{{"2", 15}, {"3", 15}});
   CHECK(view.instances().size() == 3);
-  view.report_failure("2", 60s);
+  view.report_failure("2", (milliseconds::max)());
   CHECK(s.picks(view, near) == Counts{{"3", 30}});  // better far than dead
   view.report_failure("3", 60s);
   CHECK(s.picks(view, any) == Counts{{"1", 10}, {"2", 10}, {"3", 10}});
@@ -549,7 +562,7 @@ TEST_CASE("lead: who loses the office campaigns again") {
     tokens.push_back(ours.fencing_token());
     if (tokens.size() == 3) return {};
     s.d.client().remove(ours.key()).value();
-    if (office.sleep_for(lenient(10s))) return Error::make(ErrorCode::Internal, "not told");
+    CHECK_FALSE(office.sleep_for(lenient(10s)));
     return Error::make(ErrorCode::Lost, "is not passed on");
   };
   CHECK(s.c.election().lead("x", "me", 10s, work, Context::with_timeout(lenient(60s))));
