@@ -2104,6 +2104,14 @@ std::optional<std::string> guarded(Fn&& fn) {
 
 namespace detail {
 
+/// std::stable_sort of libstdc++ 12 is deprecated in what it calls, which clang 19 tells its users.
+template <class T, class Less>
+void sort_stably(std::vector<T>& items, Less less) {
+  std::list<T> list(std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
+  list.sort(less);
+  std::move(list.begin(), list.end(), items.begin());
+}
+
 using SteadyTime = std::chrono::steady_clock::time_point;
 using Task = std::function<void()>;
 using std::chrono::steady_clock;
@@ -8559,7 +8567,7 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       return std::make_tuple(put ? 0 : 1, age, event.kv.key);
     };
     auto older = [&](const WatchEvent& a, const WatchEvent& b) { return rank(a) < rank(b); };
-    if (mode_ == Mode::ByAge) std::stable_sort(news.begin(), news.end(), older);
+    if (mode_ == Mode::ByAge) sort_stably(news, older);
     return news;
   }
 
@@ -8579,8 +8587,8 @@ class RangeFeed : public HubSink, public std::enable_shared_from_this<RangeFeed>
       events.push_back(std::move(event));
     }
     auto place = [first](const WatchEvent& e) { return first ? e.kv.create_revision : e.revision; };
-    std::stable_sort(events.begin(), events.end(),
-                     [&](const WatchEvent& a, const WatchEvent& b) { return place(a) < place(b); });
+    sort_stably(events,
+                [&](const WatchEvent& a, const WatchEvent& b) { return place(a) < place(b); });
     for (auto& entry : gone) events.push_back(deleted(entry.first, read.second));
     revision_ = read.second;
     heard_at_ = client_->clock->now();
@@ -11672,11 +11680,11 @@ COORDINATION_API bool passes_filters(const RangeRequest& request, const KeyValue
 COORDINATION_API void sort_range(const RangeRequest& request, std::vector<const KeyValue*>& kvs) {
   const SortTarget target = request.sort_target;
   if (request.sort_order == SortOrder::Descend) {
-    std::stable_sort(kvs.begin(), kvs.end(), [target](const KeyValue* a, const KeyValue* b) {
+    sort_stably(kvs, [target](const KeyValue* a, const KeyValue* b) {
       return sorts_before(target, *b, *a);
     });
   } else {  // etcd sorts by other targets than the key even if no order is given
-    std::stable_sort(kvs.begin(), kvs.end(), [target](const KeyValue* a, const KeyValue* b) {
+    sort_stably(kvs, [target](const KeyValue* a, const KeyValue* b) {
       return sorts_before(target, *a, *b);
     });
   }
@@ -12971,10 +12979,10 @@ class Signals {
 
   void end(int number) {
     std::unique_lock<std::mutex> lock(mutex_);
-    auto first = std::stable_partition(waiting_.begin(), waiting_.end(),
-                                       [&](const auto& one) { return !one.has(number); });
-    std::vector<Waiting> ended(first, waiting_.end());
-    waiting_.erase(first, waiting_.end());
+    std::vector<Waiting> ended;
+    for (auto& one : std::exchange(waiting_, {})) {
+      (one.has(number) ? ended : waiting_).push_back(std::move(one));
+    }
     for (auto& one : ended) {
       for (int each : one.numbers) {
         bool needed = std::any_of(waiting_.begin(), waiting_.end(),
