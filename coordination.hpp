@@ -762,7 +762,7 @@ struct ClientState;
 /// where a member is silent while others answer, its calls end before their time: Unavailable.
 /// The first cluster that answers is the one: an endpoint of another is never used.
 ///
-/// Calls of many threads share requests: while two are on their way, further get(key), put(key,
+/// Calls of many threads share requests: while eight are on their way, further get(key), put(key,
 /// value) or remove(key), and those of ConfigCenter, gather, each kind for itself, and travel as
 /// one Txn. Each has its own Context, and the result or error that it would have had alone; only
 /// may several keys then have the same revision. Nothing is held back where nothing is on its way,
@@ -5982,9 +5982,9 @@ COORDINATION_API Result<Reply> ClientState::call(Call request, const Context& ct
   return Attempts(*this, std::move(request), ctx, accept, with_token).run();
 }
 
-/// Calls of one kind, by many threads, that share requests. Two are on their way at a time, each
+/// Calls of one kind, by many threads, that share requests. Eight are on their way at a time, each
 /// sent by its caller as if there was nobody else; those that come meanwhile gather, and go as one
-/// Txn when one of the two is back. With that one attempt is made: where it has certainly done
+/// Txn when one of those is back. With that one attempt is made: where it has certainly done
 /// nothing, whatever the reason, each of its calls goes by itself, in the time that it has left.
 template <class Request, class Response>
 class Sharer {
@@ -6013,7 +6013,7 @@ class Sharer {
 
  private:
   static constexpr bool kReads = std::is_same_v<Request, RangeRequest>;
-  static constexpr std::size_t kOnTheWay = 2, kMostOps = 64;
+  static constexpr std::size_t kOnTheWay = 8, kMostOps = 64;
   static constexpr std::size_t kMostBytes = 262144, kMostOfOne = 32768;
   static constexpr milliseconds kLate{1000};   // who is away for so long is not waited for
   static constexpr milliseconds kPause{1000};  // after what was not good for sharing

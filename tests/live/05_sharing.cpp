@@ -22,8 +22,8 @@ void in_threads(int n, const Fn& work) {
 }  // namespace
 
 TEST_CASE("sharing: many threads put, get and remove; a watch sees each put once, in order") {
-  constexpr int kThreads = 16;
-  const int rounds = scaled(100);
+  constexpr int kThreads = 32;
+  const int rounds = scaled(50);
   std::atomic<int> batches{0};
   auto options = options_for(shared_etcd());
   options.on_request = [&](const RequestEvent& event) { batches += event.path == "/v3/kv/txn"; };
@@ -94,7 +94,7 @@ TEST_CASE("sharing: who has no right to a key is refused alone") {
   options.on_request = [&](const RequestEvent& event) { batches += event.path == "/v3/kv/txn"; };
   auto coordinator = connect(options);
   auto& client = coordinator.client();
-  in_threads(12, [&](int t) {
+  in_threads(24, [&](int t) {
     const bool allowed = t != 5;
     const auto key = (allowed ? "mine/" : "theirs/") + std::to_string(t);
     for (int i = 0; i < 40; ++i) {

@@ -21,6 +21,7 @@ using namespace support;
 
 namespace {
 
+constexpr int kOnTheWay = 8;  // of a kind: those that come then gather
 constexpr const char* kRange = "/v3/kv/range";
 constexpr const char* kPut = "/v3/kv/put";
 constexpr const char* kRemove = "/v3/kv/deleterange";
@@ -78,7 +79,7 @@ struct Sharing {
     return coordinator->client();
   }
 
-  /// Two `first` are held on their way, so that the calls of other threads gather; `meanwhile` is
+  /// So many `first` are held on their way that the calls of other threads gather; `meanwhile` is
   /// done before they may go on, and requests of `held_then` are held after that. A thread that
   /// begins late may go by itself: see sooner_or_later.
   void gather(
@@ -88,8 +89,8 @@ struct Sharing {
     tap->reset();
     door.close(path);
     std::vector<Joined> threads;
-    for (int i = 0; i < 2; ++i) threads.emplace_back([&] { first(etcd_client); });
-    door.wait_for(2);
+    for (int i = 0; i < kOnTheWay; ++i) threads.emplace_back([&] { first(etcd_client); });
+    door.wait_for(kOnTheWay);
     std::atomic<std::size_t> begun{0};
     for (auto& other : others) {
       threads.emplace_back([&] {
@@ -117,7 +118,7 @@ bool sooner_or_later(Scenario scenario) {
 
 }  // namespace
 
-TEST_CASE("sharing: puts that come while two are on their way go as one request") {
+TEST_CASE("sharing: puts that come while others are on their way go as one request") {
   Sharing sharing;
   auto& client = sharing.client();
   const bool shared = sooner_or_later([&](const std::string& round) {
@@ -129,7 +130,7 @@ TEST_CASE("sharing: puts that come while two are on their way go as one request"
       });
     }
     sharing.gather(kPut, put_first, puts);
-    const bool one = sharing.tap->count(kTxn) == 1 && sharing.tap->count(kPut) == 2;
+    const bool one = sharing.tap->count(kTxn) == 1 && sharing.tap->count(kPut) == kOnTheWay;
     std::set<std::int64_t> revisions;
     for (std::size_t i = 0; i < done.size(); ++i) {
       const auto kv = client.get(round + "/" + std::to_string(i)).value();
@@ -162,7 +163,7 @@ TEST_CASE("sharing: reads, also of one key, and of keys that are not there") {
       CHECK(none.error().message.find("none") != std::string::npos);
     };
     sharing.gather(kRange, get_first, {reads("a", "1"), reads("a", "1"), reads("b", "2"), missing});
-    return sharing.tap->count(kTxn) == 1 && sharing.tap->count(kRange) == 2;
+    return sharing.tap->count(kTxn) == 1 && sharing.tap->count(kRange) == kOnTheWay;
   });
   CHECK(shared);
 }
@@ -178,7 +179,7 @@ TEST_CASE("sharing: each removal is told what it has removed") {
     };
     sharing.gather(kRemove, remove_first, {removes("a", 1), removes("b", 0), removes("c", 0)});
     check_code(client.get("a"), ErrorCode::NotFound);
-    return sharing.tap->count(kTxn) == 1 && sharing.tap->count(kRemove) == 2;
+    return sharing.tap->count(kTxn) == 1 && sharing.tap->count(kRemove) == kOnTheWay;
   });
   CHECK(shared);
 }
@@ -199,7 +200,7 @@ TEST_CASE("sharing: the configuration centre's calls share, too") {
       });
     }
     sharing.gather(kPut, put_first, sets);
-    return sharing.tap->count(kTxn) > 0 && sharing.tap->count(kPut) < 6;
+    return sharing.tap->count(kTxn) > 0 && sharing.tap->count(kPut) < kOnTheWay + 4;
   });
   CHECK(shared);
 }
@@ -222,7 +223,7 @@ TEST_CASE("sharing: a lone caller sends what it always did, and nobody shares wh
     sharing.options.share_requests = false;
     std::vector<Call> puts(6, [](Client& client) { client.put("a", "").value(); });
     sharing.gather(kPut, put_first, puts);
-    CHECK(sharing.tap->count(kPut) == 8);
+    CHECK(sharing.tap->count(kPut) == kOnTheWay + 6);
   }
   SUBCASE("what has a lease, or is large, or a user's own Txn") {
     auto& client = sharing.client();
@@ -231,7 +232,7 @@ TEST_CASE("sharing: a lone caller sends what it always did, and nobody shares wh
     sharing.gather(kPut, put_first,
                    {[&](Client& with) { with.put(leased).value(); },
                     [](Client& with) { with.put("large", std::string(40000, 'x')).value(); }});
-    CHECK(sharing.tap->count(kPut) == 4);
+    CHECK(sharing.tap->count(kPut) == kOnTheWay + 2);
     CHECK(client.get("leased").value().lease == lease.id());
     CHECK(client.get("large").value().value.size() == 40000);
   }
@@ -243,9 +244,9 @@ TEST_CASE("sharing: many puts of one key are each applied") {
   sharing.etcd->delay(1ms);
   auto& client = sharing.client();
   std::vector<std::function<void()>> tasks;
-  for (int t = 0; t < 8; ++t) {
+  for (int t = 0; t < 20; ++t) {
     tasks.emplace_back([&] {
-      for (int i = 0; i < 25; ++i) client.put("one", "x").value();
+      for (int i = 0; i < 10; ++i) client.put("one", "x").value();
     });
   }
   run_all(std::move(tasks));
@@ -272,7 +273,7 @@ TEST_CASE("sharing: what was refused together is done by each alone") {
     });
     sharing.gather(kPut, first, puts);
     CHECK(sharing.client().get("mine/" + round + "0").value().version == 1);
-    return sharing.tap->count(kTxn) == 1 && sharing.tap->count(kPut) == 7;
+    return sharing.tap->count(kTxn) == 1 && sharing.tap->count(kPut) == kOnTheWay + 5;
   });
   CHECK(refused);
 }
@@ -292,7 +293,7 @@ TEST_CASE("sharing: whatever has certainly done nothing is taken apart") {
     auto coordinator = connect_to(options_with(etcd));
     const bool tried = eventually([&] {
       std::vector<std::function<void()>> tasks;
-      for (int t = 0; t < 6; ++t) {
+      for (int t = 0; t < 20; ++t) {
         tasks.emplace_back([&, t] {
           for (int i = 0; i < 4; ++i) {
             const auto put = coordinator.client().put("k" + std::to_string(t), "");
@@ -361,7 +362,7 @@ TEST_CASE("sharing: each caller has its own Context") {
       });
       if (unsent) check_code(client.get(round + "/cancelled"), ErrorCode::NotFound);
       CHECK(client.get(round + "/a").value().version == 1);
-      return unsent && sharing.tap->count(kTxn) == 1 && sharing.tap->count(kPut) == 2;
+      return unsent && sharing.tap->count(kTxn) == 1 && sharing.tap->count(kPut) == kOnTheWay;
     });
     CHECK(shared);
   }
@@ -453,12 +454,13 @@ void spoil(MemoryEtcd& etcd, unsigned kind) {
 
 // After a batch has failed a Coordinator does not share for a while: so there are many of them.
 TEST_CASE("sharing: under faults nothing is lost, and nothing done twice, as without sharing") {
+  constexpr unsigned kThreads = 24;
   for (const bool shares : {true, false}) {
     CAPTURE(shares);
     Sharing sharing;
     sharing.options.share_requests = shares;
     sharing.etcd->delay(1ms);
-    std::array<std::array<Known, 3>, 8> known;
+    std::array<std::array<Known, 3>, kThreads> known;
     int batches = 0;
     std::atomic<int> failures{0};
     for (unsigned round = 0; round < static_cast<unsigned>(scaled(40)); ++round) {
@@ -466,12 +468,12 @@ TEST_CASE("sharing: under faults nothing is lost, and nothing done twice, as wit
       auto& client = sharing.client();
       sharing.tap->reset();
       const auto work = [&](unsigned t) {
-        std::mt19937 random(round * 8 + t);
+        std::mt19937 random(round * kThreads + t);
         for (int i = 0; i < 12; ++i) {
           const auto k = random() % 3;
           const auto key = std::to_string(t) + "/" + std::to_string(k);
           const auto value = std::to_string(round) + "." + std::to_string(i);
-          if (random() % 24 == 0) spoil(*sharing.etcd, static_cast<unsigned>(random() % 4));
+          if (random() % 72 == 0) spoil(*sharing.etcd, static_cast<unsigned>(random() % 4));
           if (random() % 2 == 0) {
             const auto done = client.put(key, value);
             if (!done) ++failures;
@@ -482,7 +484,7 @@ TEST_CASE("sharing: under faults nothing is lost, and nothing done twice, as wit
         }
       };
       std::vector<std::function<void()>> tasks;
-      for (unsigned t = 0; t < 8; ++t) tasks.emplace_back([&, t] { work(t); });
+      for (unsigned t = 0; t < kThreads; ++t) tasks.emplace_back([&, t] { work(t); });
       run_all(std::move(tasks));
       batches += sharing.tap->count(kTxn);
     }
