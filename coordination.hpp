@@ -3224,7 +3224,7 @@ COORDINATION_API std::optional<std::string> base64_decode(std::string_view text)
 
 /// How many values a text has at most; 0 if nlohmann may not be given it: nested deeper than
 /// kMaxDepth; with a NUL, at which it would end; or of very many tiny values, each of which takes
-/// more than fifty bytes (etcd's own have 14 letters or more).
+/// some fifty bytes (etcd's own have 14 letters or more).
 COORDINATION_API std::size_t count_values(std::string_view text) {
   const std::size_t most = (std::max)(kManyValues, text.size() / 8);
   std::size_t values = 1;
@@ -3286,6 +3286,8 @@ class Document {
     nodes_.reserve(values + 1), texts_.reserve(text.size());  // so nothing moves
     if (values == 0 || !read(text)) nodes_.clear();
   }
+  Document(const Document&) = delete;
+  Document& operator=(const Document&) = delete;
 
   /// Null if it is no JSON, or nested too deeply.
   const Node* root() const { return nodes_.empty() ? nullptr : &nodes_.front(); }

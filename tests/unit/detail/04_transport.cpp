@@ -54,7 +54,7 @@ httplib::Response exchange(ReadyConnection& connection, const std::string& body)
 }  // namespace
 
 TEST_CASE("connection: a small request goes as one, a large one is not copied") {
-  for (const std::size_t size : {5, 1000, 1000000}) {
+  for (const std::size_t size : {5U, 1000U, 1000000U}) {
     CAPTURE(size);
     ReadyConnection connection("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
     const std::string body(size, 'x');
