@@ -66,7 +66,7 @@ TEST_CASE("sharing: many threads put, get and remove; a watch sees each put once
   for (int i = 0; i < rounds; ++i) expected.push_back(std::to_string(i));
   std::lock_guard<std::mutex> hold(mutex);
   CHECK(seen.size() == kThreads);
-  for (auto& [key, values] : seen) CHECK_MESSAGE(values == expected, key);
+  for (auto& entry : seen) CHECK_MESSAGE(entry.second == expected, entry.first);
   CHECK(wait_until([&] { return batches > 0; }, lenient(20s)));
 }
 
