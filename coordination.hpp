@@ -5996,6 +5996,7 @@ class Sharer {
   Sharer(ClientState& client, Alone alone) : client_(client), alone_(alone) {}
 
   Result<Response> call(const Request& request, const Context& given) {
+    auto alive = client_.shared_from_this();  // this too, where exit() overtakes a call
     bool shares = client_.options.share_requests && size_of(request) <= kMostOfOne;
     if (!shares || rests_until_ > ticks(steady_clock::now())) return go(request, given);
     auto place = enter();
