@@ -241,8 +241,10 @@ class Comparison {
   }
 
   // etcd reads the prev_kv of an event when it sends it: not before all have been sent may their
-  // history go.
+  // history go. Of two watches that it takes together the one of the sync key may be sent first:
+  // behind its next event nothing is left.
   void compact() {
+    catch_up();
     catch_up();
     const auto span = static_cast<std::uint64_t>(now() - compacted_) + 4;
     const auto target = compacted_ - 1 + static_cast<std::int64_t>(generate_.below(span));
