@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "coordination.hpp"
+#include "hook.hpp"
 #include "scripted_transport.hpp"
 #include "wait.hpp"
 
@@ -23,7 +24,7 @@ namespace support {
 /// Counts requests by path, and lets a test do something before or after one, or in its place.
 class Tap : public coordination::Transport {
  public:
-  using Hook = std::function<void(const coordination::HttpRequest&)>;
+  using Action = std::function<void(const coordination::HttpRequest&)>;
   using Judge = std::function<bool(const coordination::HttpRequest&)>;
 
   explicit Tap(std::shared_ptr<coordination::Transport> inner) : inner_(std::move(inner)) {}
@@ -46,24 +47,25 @@ class Tap : public coordination::Transport {
     return response;
   }
 
-  void before(Hook hook) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    before_ = std::move(hook);
+  /// These are called in any thread; see hang_in. Null: no more.
+  template <class F>
+  auto before(F action) {
+    return hang_in<Action>(std::move(action), [this](Action made) { set(before_, made); });
   }
-  void after(Hook hook) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    after_ = std::move(hook);
+  template <class F>
+  auto after(F action) {
+    return hang_in<Action>(std::move(action), [this](Action made) { set(after_, made); });
   }
   /// Requests that `judge` names are lost on their way, and their sender cannot know.
-  void lose_if(Judge judge) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    lost_ = std::move(judge);
+  template <class F>
+  auto lose_if(F judge) {
+    return hang_in<Judge>(std::move(judge), [this](Judge made) { set(lost_, made); });
   }
   /// The next `n` to this path are.
   void lose(int n, const std::string& path) {
-    lose_if([n, path](const coordination::HttpRequest& request) mutable {
+    lose_if(Judge([n, path](const coordination::HttpRequest& request) mutable {
       return request.path == path && n > 0 && n-- > 0;
-    });
+    }));
   }
   int count(const std::string& path) const { return look(started_, path); }
   int finished(const std::string& path) const { return look(finished_, path); }
@@ -78,7 +80,12 @@ class Tap : public coordination::Transport {
  private:
   using Counts = std::map<std::string, int>;
 
-  std::pair<Hook, Hook> note(const coordination::HttpRequest& request) {
+  template <class Function>
+  void set(Function& place, const Function& made) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    place = made;
+  }
+  std::pair<Action, Action> note(const coordination::HttpRequest& request) {
     std::lock_guard<std::mutex> hold(mutex_);
     ++started_[request.path];
     return {before_, after_};
@@ -102,7 +109,7 @@ class Tap : public coordination::Transport {
   const std::shared_ptr<coordination::Transport> inner_;
   mutable std::mutex mutex_;
   Counts started_, finished_;
-  Hook before_, after_;
+  Action before_, after_;
   Judge lost_;
 };
 

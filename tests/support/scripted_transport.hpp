@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "coordination.hpp"
+#include "hook.hpp"
 #include "wait.hpp"
 
 namespace support {
@@ -120,20 +121,30 @@ class ScriptedTransport : public coordination::Transport {
   };
 
   /// An etcd without keys, whose every read is answered.
-  ScriptedTransport() { always("/v3/kv/range", ok(reply(1))); }
+  ScriptedTransport() { always_["/v3/kv/range"] = ok(reply(1)); }
 
-  void next(const std::string& path, Answer answer, int times = 1) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    for (int i = 0; i < times; ++i) next_[path].push_back(answer);
+  /// An answer that is no Answer yet is called in any thread; see hang_in.
+  template <class F>
+  auto next(const std::string& path, F answer, int times = 1) {
+    return hang_in<Answer>(std::move(answer), [&](const Answer& made) {
+      std::lock_guard<std::mutex> hold(mutex_);
+      for (int i = 0; i < times; ++i) next_[path].push_back(made);
+    });
   }
-  void always(const std::string& path, Answer answer) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    always_[path] = std::move(answer);
+  template <class F>
+  auto always(const std::string& path, F answer) {
+    return hang_in<Answer>(std::move(answer), [&](const Answer& made) {
+      std::lock_guard<std::mutex> hold(mutex_);
+      always_[path] = made;
+    });
   }
   /// What every request to this endpoint gets, whatever the script says; null = the script.
-  void endpoint(const std::string& url, Answer answer) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    endpoints_[url] = std::move(answer);
+  template <class F>
+  auto endpoint(const std::string& url, F answer) {
+    return hang_in<Answer>(std::move(answer), [&](const Answer& made) {
+      std::lock_guard<std::mutex> hold(mutex_);
+      endpoints_[url] = made;
+    });
   }
   /// Forgets what was seen, and what was to come next.
   void clear() {

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../../coordination.hpp"
+#include "hook.hpp"
 #include "wait.hpp"
 
 namespace support {
@@ -317,7 +318,6 @@ using FakeStreamPtr = std::shared_ptr<FakeStream>;
 /// Answers reads and logins as it was told to, and gives its watch streams to the test.
 class FakeGateway : public coordination::Transport {
  public:
-  using Read = std::function<coordination::Result<coordination::HttpResponse>()>;
   using ReadOf = std::function<coordination::Result<coordination::HttpResponse>(
       const nlohmann::json& request)>;
 
@@ -334,18 +334,27 @@ class FakeGateway : public coordination::Transport {
     std::lock_guard<std::mutex> hold(mutex_);
     return !opened_.empty();
   }
-  /// What a range answers from now on.
-  void set_range(std::int64_t revision, nlohmann::json kvs = nlohmann::json::array()) {
-    on_read([revision, kvs = std::move(kvs)] { return range_answer(revision, kvs); });
-  }
-  void on_read(Read read) {
-    on_read_of([read = std::move(read)](const nlohmann::json& request) {
-      return request.contains("revision") ? history(request) : read();
+  /// What answers all reads from now on, in any thread; see hang_in.
+  template <class F>
+  auto on_read_of(F read) {
+    return hang_in<ReadOf>(std::move(read), [this](ReadOf made) {
+      std::lock_guard<std::mutex> hold(mutex_);
+      read_ = std::move(made);
     });
   }
-  void on_read_of(ReadOf read) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    read_ = std::move(read);
+  /// The same, but for looks at the past.
+  template <class F>
+  Hook on_read(F read) {
+    return on_read_of([read = std::move(read)](const nlohmann::json& request) {
+      using Answer = coordination::Result<coordination::HttpResponse>;
+      return request.contains("revision") ? history(request) : Answer(read());
+    });
+  }
+  /// What a range answers from now on.
+  void set_range(std::int64_t revision, nlohmann::json kvs = nlohmann::json::array()) {
+    on_read_of(ReadOf([revision, kvs = std::move(kvs)](const nlohmann::json& request) {
+      return request.contains("revision") ? history(request) : range_answer(revision, kvs);
+    }));
   }
   /// A look at the past: the key was written at just that revision.
   static coordination::Result<coordination::HttpResponse> history(const nlohmann::json& request) {

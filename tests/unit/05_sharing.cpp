@@ -67,13 +67,11 @@ struct Sharing {
   std::shared_ptr<MemoryEtcd> etcd{std::make_shared<MemoryEtcd>()};
   std::shared_ptr<Tap> tap{std::make_shared<Tap>(etcd)};
   Door door{};
+  Hook hook{tap->before([this](const HttpRequest& request) { door.pass(request); })};
   CoordinatorOptions options{options_with(tap)};
   std::optional<Coordinator> coordinator{};
 
-  Sharing() {
-    options.timeout = lenient(20s);
-    tap->before([this](const HttpRequest& request) { door.pass(request); });
-  }
+  Sharing() { options.timeout = lenient(20s); }
   Client& client() {
     if (!coordinator) coordinator = connect_to(options);
     return coordinator->client();

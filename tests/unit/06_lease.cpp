@@ -152,7 +152,7 @@ TEST_CASE("lease: lost by the clock, when etcd cannot be reached") {
 
 TEST_CASE("lease: its time counts from when the renewal was sent, not from its answer") {
   Setup s;
-  s.tap->after([&](const HttpRequest& request) {
+  const auto hook = s.tap->after([&](const HttpRequest& request) {
     if (request.path == "/v3/lease/grant" || request.path == kKeepAlive) s.etcd->advance(2s);
   });
   SUBCASE("nor from that of the grant") {
@@ -178,7 +178,7 @@ TEST_CASE("lease: its time counts from when the renewal was sent, not from its a
 TEST_CASE("lease: an answer that is late cannot bring a lost lease back") {
   Setup s;
   auto lease = s.grant();
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path == kKeepAlive) s.etcd->advance(9s);
   });
   CHECK_FALSE(lease.keep_alive_once());
@@ -386,7 +386,7 @@ TEST_CASE("lease: of two, the one whose time is over first is lost first") {
 TEST_CASE("lease: a grant that took long is renewed before it is too late") {
   Setup s;
   for (const milliseconds took : {4s, 7s}) {
-    s.tap->before([&](const HttpRequest& request) {
+    const auto hook = s.tap->before([&](const HttpRequest& request) {
       if (request.path == "/v3/lease/grant") s.etcd->advance(took);
     });
     const int before = s.tap->finished(kKeepAlive);
@@ -472,7 +472,7 @@ TEST_CASE("lease: close revokes what it has while a grant has no answer") {
   std::atomic<bool> waits{false};
   Setup s;
   const auto lease = s.grant();
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/lease/grant") return;
     waits = true;
     go.get_future().wait();
@@ -490,7 +490,7 @@ TEST_CASE("lease: close waits for a grant that is under way, and revokes what it
   Setup s;
   const auto lease = s.grant();
   std::atomic<bool> waits{false}, closed{false};
-  s.tap->after([&](const HttpRequest& request) {
+  const auto hook = s.tap->after([&](const HttpRequest& request) {
     if (request.path != "/v3/lease/grant") return;
     waits = true;
     CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));  // the other one is revoked
@@ -599,7 +599,7 @@ TEST_CASE("lease: a renewal that is answered late counts from when it was sent")
 TEST_CASE("lease: its time counts from when an automatic renewal was sent") {
   Setup s;
   std::atomic<bool> once{false};
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path == kKeepAlive && !once.exchange(true)) s.etcd->advance(2s);
   });
   auto lease = s.grant();
@@ -624,7 +624,7 @@ TEST_CASE("lease: its time counts from when an automatic renewal was sent") {
 TEST_CASE("lease: one whose grant may be under way is revoked until it cannot come any more") {
   Setup s;
   HttpRequest late;
-  s.tap->lose_if([&](const HttpRequest& request) {
+  const auto hook = s.tap->lose_if([&](const HttpRequest& request) {
     if (request.path != "/v3/lease/grant") return false;
     late = request;
     return true;
@@ -672,9 +672,9 @@ struct Granting {
     etcd->always("/v3/lease/grant", [](const auto& request, const auto& sink, const auto& ctx) {
       return ok(line_of(7, id_of(request)))(request, sink, ctx);
     });
-    etcd->always(kKeepAlive, [=](const auto& request, const auto& sink, const auto& ctx) {
-      return renew(request.endpoint, id_of(request))(request, sink, ctx);
-    });
+    etcd->always(kKeepAlive, Answer([=](const auto& request, const auto& sink, const auto& ctx) {
+                   return renew(request.endpoint, id_of(request))(request, sink, ctx);
+                 }));
   }
   static std::int64_t id_of(const HttpRequest& request) {
     const auto first = request.body.substr(0, request.body.find('\n'));

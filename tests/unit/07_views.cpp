@@ -211,7 +211,8 @@ TEST_CASE("views: a watch that begins in the new history misses nothing, and is 
   for (int i = 0; i < 50; ++i) s.d.config().set("a/k", i).value();
   CHECK(eventually([&] { return old.revision() == s.etcd->revision(); }));
   cut = true;
-  s.tap->lose_if([&](const HttpRequest& request) { return cut && request.path == "/v3/watch"; });
+  const auto hook = s.tap->lose_if(
+      [&](const HttpRequest& request) { return cut && request.path == "/v3/watch"; });
   s.etcd->restart_empty();
   auto e = s.connect("three");
   e.config().set("a/new", 1).value();
@@ -257,7 +258,7 @@ TEST_CASE("views: a reading that takes longer than options.timeout is possible a
   d.config().set("k", 1).value();
   auto view = c.config().view("").value();
   CHECK(eventually([&] { return view.connected(); }));
-  cluster.tap->before([&](const HttpRequest& request) {
+  const auto hook = cluster.tap->before([&](const HttpRequest& request) {
     const bool all = request.body.find("range_end") != std::string::npos;
     if (slow && request.path == "/v3/kv/range" && all) std::this_thread::sleep_for(1200ms);
   });
@@ -278,7 +279,7 @@ TEST_CASE("views: to read again there is more time from try to try") {
   s.add("a");
   const auto view = s.view();
   CHECK(eventually([&] { return view.connected(); }));
-  s.tap->lose_if([&](const HttpRequest& request) {
+  const auto hook = s.tap->lose_if([&](const HttpRequest& request) {
     const bool all = request.body.find("range_end") != std::string::npos;
     if (!fails || request.endpoint != "http://one:1" || request.path != "/v3/kv/range" || !all) {
       return false;

@@ -718,7 +718,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: new events during the look at an old history 
   // A member that is behind says 15. While the question how far the cluster is (30) is on its
   // way, it catches up.
   std::atomic<bool> asked{false};
-  gateway->on_read([&, stream] {
+  const auto hook = gateway->on_read([&, stream] {
     if (!asked.exchange(true)) {
       stream->send(event_line(id, puts_at({29, 31, 32})));
       stream->drained();
@@ -760,7 +760,7 @@ TEST_CASE_FIXTURE(Fixture,
   auto after = watch("k");
   stream = confirmed(3);
   std::atomic<int> reads{0};
-  gateway->on_read_of([&](const nlohmann::json&) {
+  const auto hook = gateway->on_read_of([&](const nlohmann::json&) {
     ++reads;
     return FakeGateway::range_answer(3);
   });
@@ -787,7 +787,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: a store is known again by the key of another 
   stream->send(event_line(id_of("b"), puts_at({20}, "b")));
   CHECK(revisions(other, 1) == "20");
   std::atomic<int> reads{0};
-  gateway->on_read_of([&](const nlohmann::json& request) {
+  const auto hook = gateway->on_read_of([&](const nlohmann::json& request) {
     ++reads;
     const bool known = request.value("key", "") == base64("b") && !request.contains("range_end");
     return known ? FakeGateway::range_answer(20, nlohmann::json::array({kv_json("b", "", 20)}))
@@ -819,7 +819,7 @@ TEST_CASE_FIXTURE(Fixture, "view: a wiped store with the same revisions and othe
   REQUIRE(wait_until([&] { return view.connected(); }, lenient(5s)));
 
   // The new store says 3, and is at 10 again when all is read.
-  gateway->on_read_of([&](const nlohmann::json& request) {
+  const auto hook = gateway->on_read_of([&](const nlohmann::json& request) {
     if (request.contains("keys_only")) return FakeGateway::range_answer(3);
     return FakeGateway::range_answer(10, nlohmann::json::array({kv_json(key, "new", 10)}));
   });
@@ -871,7 +871,7 @@ TEST_CASE_FIXTURE(Fixture,
   auto stream = confirmed(10);
   REQUIRE(stream->drained());
   std::atomic<int> looks{0}, reads{0};
-  gateway->on_read_of([&](const nlohmann::json& request) {
+  const auto hook = gateway->on_read_of([&](const nlohmann::json& request) {
     ++(request.contains("keys_only") ? looks : reads);
     return FakeGateway::range_answer(10, kv("1", 10));
   });
@@ -889,7 +889,7 @@ TEST_CASE_FIXTURE(Fixture, "view: one that may not read again ends, and says so"
   const auto stream = confirmed(10);
   Journal<std::string> ends;
   view.on_end([&](const Error& error) { ends.add(to_string(error.code)); });
-  gateway->on_read([] {
+  const auto hook = gateway->on_read([] {
     return HttpResponse{403, R"({"code":7,"message":"etcdserver: permission denied"})"};
   });
   stream->send(compacted_line(stream->creates[0].id, 40));
@@ -903,7 +903,7 @@ TEST_CASE_FIXTURE(Fixture, "view: one that goes while it is read again leaves no
   std::atomic<int> reads{0};
   std::optional<ConfigView> view = coordinator->config().view("app").value();
   const auto stream = confirmed(10);
-  gateway->on_read([&] {
+  const auto hook = gateway->on_read([&] {
     ++reads;
     gone.wait();
     return FakeGateway::range_answer(50);
@@ -935,7 +935,7 @@ TEST_CASE_FIXTURE(Fixture, "view: connected again as soon as a silent member ans
   const auto stream = confirmed(10);
   REQUIRE(stream->drained());
   REQUIRE(wait_until([&] { return view.connected(); }, lenient(5s)));
-  gateway->on_read([] {
+  const auto hook = gateway->on_read([] {
     return Error{ErrorCode::Timeout, "frozen", "", Outcome::MaybeApplied, 0};
   });
   clock->advance(5s);

@@ -220,7 +220,8 @@ TEST_CASE("lock: first come, first served") {
 TEST_CASE("lock: an unlock wakes the next in the queue and nobody else") {
   std::atomic<int> waiting{0};
   Setup s;
-  s.tap->before([&](const HttpRequest& request) {  // the holder's own watch names its start
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
+    // The holder's own watch names its start.
     const bool from_now = request.body.find("start_revision") == std::string::npos;
     if (request.path == "/v3/watch" && from_now) ++waiting;
   });
@@ -609,7 +610,7 @@ TEST_CASE("lock: lost on its way to another lease, it keeps nobody out") {
   std::atomic<bool> cut{false};
   Setup s;
   auto lock = s.acquire("a", 9s);
-  s.tap->after([&](const HttpRequest& request) {
+  const auto hook = s.tap->after([&](const HttpRequest& request) {
     if (request.path != kTxn || cut.exchange(true)) return;
     s.cut_off("one");
     s.etcd->advance(9s);
@@ -928,7 +929,7 @@ TEST_CASE("shared: who comes does not read those who are there") {
   }
   const auto reader = s.d.lock().acquire_shared("a", 9s);
   REQUIRE_MESSAGE(reader, text_of(reader));
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path == kTxn && request.body.find("\"limit\"") == std::string::npos) ++read;
   });
   Waiter writer(exclusive(s.c));
@@ -948,7 +949,7 @@ TEST_CASE("shared: who comes does not read those who are there") {
 namespace {
 
 /// Spoils about every tenth request, and cuts the streams now and then.
-Tap::Hook trouble(Cluster& cluster) {
+Tap::Action trouble(Cluster& cluster) {
   auto random = std::make_shared<std::mt19937>(1);
   auto mutex = std::make_shared<std::mutex>();
   return [&cluster, random, mutex](const HttpRequest&) {
@@ -1018,7 +1019,7 @@ TEST_CASE(
   Setup s;
   auto lock = s.acquire();
   std::vector<std::string> bodies;
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path == kTxn) bodies.push_back(request.body);
   });
   Txn many;
@@ -1109,7 +1110,7 @@ TEST_CASE("lock: keys of a queue below do not hide those of this one") {
 TEST_CASE("lock: acquire does not return one that is lost already") {
   Setup s;
   std::atomic<bool> once{false};
-  s.tap->after([&](const HttpRequest& request) {
+  const auto hook = s.tap->after([&](const HttpRequest& request) {
     if (request.path == kTxn && !once.exchange(true)) s.etcd->advance(9s);
   });
   const auto lock = s.acquire();
@@ -1190,7 +1191,7 @@ TEST_CASE("lock: a place in the queue that somebody takes away and makes again i
 TEST_CASE("lock: a place that was asked for twice, and comes late, keeps nobody out") {
   HttpRequest late;
   Setup s;
-  s.tap->lose_if([&](const HttpRequest& request) {
+  const auto hook = s.tap->lose_if([&](const HttpRequest& request) {
     if (!late.body.empty() || request.path != kTxn) return false;
     late = request;
     return true;
@@ -1207,7 +1208,7 @@ TEST_CASE("lock: given back after a waiter has looked and before he watches, it 
   Setup s;
   auto holder = s.acquire();
   std::atomic<bool> once{false};
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     bool waits = request.path == "/v3/watch" && request.endpoint == "http://two:1";
     if (waits && !once.exchange(true)) holder.unlock().value();
   });

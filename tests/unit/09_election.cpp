@@ -137,7 +137,7 @@ TEST_CASE("election: what was proclaimed twice and arrives late does not undo a 
   HttpRequest late;
   Setup s;
   auto office = s.campaign("first");
-  s.tap->lose_if([&](const HttpRequest& request) {  // the first that writes
+  const auto hook = s.tap->lose_if([&](const HttpRequest& request) {  // the first that writes
     if (!late.body.empty() || request.body.find("request_put") == std::string::npos) return false;
     late = request;
     return true;
@@ -240,7 +240,7 @@ TEST_CASE("election: proclaim returns the revision of the new word") {
   const Result<void> as_before = office.proclaim("three");
   CHECK(as_before);
   bool dropped = false;
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     bool puts = request.body.find("request_put") != std::string::npos;
     if (puts && !std::exchange(dropped, true)) s.etcd->drop_replies(1);
   });

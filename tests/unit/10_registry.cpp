@@ -181,12 +181,12 @@ TEST_CASE("registry: registered again, the record is replaced in one step") {
 
 TEST_CASE("registry: a registration that failed leaves nothing behind") {
   Setup s;
+  bool made = false;
   SUBCASE("refused") { s.cut_off("one"); }
-  SUBCASE("made, but every answer was lost") {
-    s.tap->before([&](const HttpRequest& request) {
-      if (request.path == "/v3/kv/txn") s.etcd->drop_replies(1);
-    });
-  }
+  SUBCASE("made, but every answer was lost") { made = true; }
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
+    if (made && request.path == "/v3/kv/txn") s.etcd->drop_replies(1);
+  });
   const auto failed = s.c.registry().register_service(web("w1"), Context::with_timeout(60ms));
   CHECK_FALSE(failed);
   s.tap->before(nullptr);
@@ -258,7 +258,7 @@ TEST_CASE("registry: what was unregistered is not watched any more") {
   CHECK(s.c.registry().register_service(web("w2")));
   CHECK(eventually([&] { return s.tap->count("/v3/watch") > 0; }));
   CHECK(s.c.registry().unregister("w1"));
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path == "/v3/watch") watched.add(request.body);
   });
   // Again and again: the stream that carries it may just be on its way.
@@ -311,7 +311,7 @@ TEST_CASE("registry: registered again over a stranger's record that nobody has t
 TEST_CASE("registry: a registration that fails does not end another of the same") {
   std::atomic<bool> first_is_in{false}, second_comes{false};
   Setup s;
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/lease/grant" || first_is_in.exchange(true)) return;
     CHECK(eventually([&] { return second_comes.load(); }));
     std::this_thread::sleep_for(20ms);  // it waits for its turn
@@ -355,7 +355,7 @@ TEST_CASE("registry: unregistered while it was being replaced, with less time: g
   std::atomic<bool> waits{false};
   Setup s;
   CHECK(s.c.registry().register_service(web("w1", 1)));
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/kv/txn" || waits.exchange(true)) return;
     go.get_future().wait();
   });
@@ -371,7 +371,7 @@ TEST_CASE("registry: a put that may arrive late does not undo a later one") {
   HttpRequest late;
   Setup s;
   CHECK(s.c.registry().register_service(web("w1", 1)));
-  s.tap->lose_if([&](const HttpRequest& request) {
+  const auto hook = s.tap->lose_if([&](const HttpRequest& request) {
     if (request.path != "/v3/kv/txn") return false;
     late = request;
     return true;

@@ -188,7 +188,7 @@ TEST_CASE("config: thousands of keys at one revision") {
     s.c.client().commit(txn).value();
   }
   std::atomic<int> pages{0};
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path == "/v3/kv/range" && ++pages == 2) {
       s.etcd
           ->perform(
@@ -363,12 +363,12 @@ TEST_CASE("config: after a compaction that it has missed, a watch delivers the d
 namespace {
 
 /// While the answer to a write is lost and its effect is looked for, somebody else writes.
-void write_before_reads(Setup& s, const std::string& value) {
-  s.tap->before([&s, value](const HttpRequest& request) {
+Hook write_before_reads(Setup& s, const std::string& value) {
+  s.etcd->drop_replies(1);
+  return s.tap->before([&s, value](const HttpRequest& request) {
     if (request.path == "/v3/kv/range")
       s.ask("/v3/kv/put", {{"key", "L2NvbmZpZy9r"}, {"value", value}});
   });
-  s.etcd->drop_replies(1);
 }
 
 template <class T>
@@ -382,7 +382,7 @@ void check_maybe(const Result<T>& result) {
 TEST_CASE("config: a write whose answer was lost, and somebody else has written meanwhile") {
   Setup s;
   s.config.set("k", 0).value();
-  write_before_reads(s, "Mg==");
+  const auto hook = write_before_reads(s, "Mg==");
   SUBCASE("set") { check_maybe(s.config.set("k", 1)); }
   SUBCASE("remove") { check_maybe(s.config.remove("k")); }
   s.tap->before(nullptr);
@@ -409,7 +409,7 @@ TEST_CASE("config: a read in pages that a compaction overtakes is repeated") {
     s.c.client().commit(txn).value();
   }
   std::atomic<int> pages{0};
-  s.tap->before([&](const HttpRequest& request) {
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
     if (request.path != "/v3/kv/range" || ++pages != 2) return;
     s.ask("/v3/kv/put", {{"key", "L2NvbmZpZy9r"}, {"value", "MQ=="}});
     s.etcd->compact();

@@ -106,7 +106,7 @@ TEST_CASE("globals: what was connected when close() came is closed") {
   Setup s;
   std::future<void> closing;
   const auto etcd = std::make_shared<ScriptedTransport>();
-  etcd->next("/v3/kv/range", [&](const auto&, const auto&, const Context& ctx) {
+  const auto hook = etcd->next("/v3/kv/range", [&](const auto&, const auto&, const Context& ctx) {
     closing = std::async(std::launch::async, [] { CHECK(coordination::close()); });
     CHECK(eventually([&] { return ctx.cancelled(); }));  // it has said so
     return HttpResponse{200, reply(1)};
@@ -119,7 +119,8 @@ TEST_CASE("globals: what was connected when close() came is closed") {
 TEST_CASE("globals: options cannot be set while the Coordinator is being connected") {
   Setup s;
   std::promise<void> go;
-  s.tap->before([gone = go.get_future().share()](const HttpRequest&) { gone.wait(); });
+  const auto hook =
+      s.tap->before([gone = go.get_future().share()](const HttpRequest&) { gone.wait(); });
   Joined first([] { CHECK(default_coordinator()); });
   CHECK(eventually([&] { return s.tap->count() > 0; }));
   check_code(set_default_options(s.options()), ErrorCode::Conflict);

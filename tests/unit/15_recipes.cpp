@@ -124,7 +124,10 @@ TEST_CASE("signals: the first ends the Context, the second the process") {
 }
 
 TEST_CASE("signals: in another thread, of several Contexts, and after fork()") {
-  for (const char* name : {"signal-in-a-thread", "two-contexts", "signals-and-fork"}) {
+  std::vector<std::string> names{"signal-in-a-thread", "two-contexts"};
+  // In a child of fork() whose parent had threads ThreadSanitizer keeps signals back for ever.
+  if (!thread_sanitized()) names.emplace_back("signals-and-fork");
+  for (const auto& name : names) {
     CAPTURE(name);
     ProcessOptions options;  // threads of a child of fork() are none to ThreadSanitizer
     options.env = {"LSAN_OPTIONS=detect_leaks=0", "TSAN_OPTIONS=die_after_fork=0"};
@@ -208,15 +211,17 @@ TEST_CASE("update: what ends it") {
   }
   SUBCASE("others who are always faster, when its time is over") {
     int round = 1;
+    const auto ctx = Context::with_timeout(3s);
     const auto late = config.update(
         "n",
         [&](json& n) {
           s.d.config().set("n", -++round).value();
           n = 2;
+          if (round == 4) CHECK_FALSE(ctx.sleep_for(1h));
         },
-        Context::with_timeout(1s));
+        ctx);
     check_code(late, ErrorCode::Timeout);
-    CHECK(round > 2);
+    CHECK(round == 4);
     CHECK(config.get("n").value() == -round);
     return;
   }
@@ -724,7 +729,7 @@ TEST_CASE("on_request: one that throws or sleeps harms nobody") {
   for (int i = 0; i < 1100; ++i) static_cast<void>(c.client().get("/none"));
   d.client().remove(lock.key()).value();
   CHECK(eventually([&] { return losses.size() == 1; }));
-  CHECK(told == 1);
+  CHECK(eventually([&] { return told == 1; }));
   go.set_value();
   CHECK(eventually([&] { return log.contain("WARN the Logger is too slow lines lost="); }));
   CHECK(told > 900);

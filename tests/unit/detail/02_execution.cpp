@@ -166,6 +166,7 @@ TEST_CASE("lane: join gives up at its limit, and does not wait for the thread th
   CHECK(watch.elapsed() >= 20ms);
   CHECK(watch.over(lenient(500ms)) == 0);
   door.open();
+  lane->join(std::nullopt);
 
   const auto other = std::make_shared<Lane>(1);
   std::atomic<bool> joined{false};
@@ -191,8 +192,11 @@ TEST_CASE("lane: it may be dropped by its own last task") {
 }
 
 TEST_CASE("timer: tasks run at their times, in the order of their times") {
-  Timer timer;
+  Door door;
   Record record;
+  Timer timer;
+  timer.after(0ms, [&] { door.pass(); });
+  CHECK(eventually([&] { return door.waiting() == 1; }));  // until all of them are asked for
   const auto now = steady_clock::now();
   timer.at(now + 30ms, [&] { record.add(2); });
   timer.at(now + 10ms, [&] { record.add(0); });
@@ -201,6 +205,7 @@ TEST_CASE("timer: tasks run at their times, in the order of their times") {
     CHECK(steady_clock::now() >= now + 20ms);
   });
   timer.at(now + 30ms, [&] { record.add(3); });  // the same time: in the order of asking
+  door.open();
   CHECK(eventually([&] { return record.size() == 4; }));
   CHECK(record.numbers() == count_up(4));
   timer.stop();
@@ -208,8 +213,8 @@ TEST_CASE("timer: tasks run at their times, in the order of their times") {
 }
 
 TEST_CASE("timer: an earlier task does not wait for a later one") {
-  Timer timer;
   Record record;
+  Timer timer;
   timer.after(std::chrono::hours(1), [&] { record.add(9); });
   timer.after(1ms, [&] { record.add(0); });
   timer.at(steady_clock::now() - 1s, [&] { record.add(1); });
@@ -220,14 +225,18 @@ TEST_CASE("timer: an earlier task does not wait for a later one") {
 }
 
 TEST_CASE("timer: what was cancelled, or is asked for after stop, never runs") {
-  Timer timer;
+  Door door;
   Record record;
+  Timer timer;
+  timer.after(0ms, [&] { door.pass(); });
+  CHECK(eventually([&] { return door.waiting() == 1; }));  // so none is too late to be cancelled
   const auto token = std::make_shared<int>(0);
-  const auto id = timer.after(20ms, [&, token] { record.add(1); });
-  timer.after(25ms, [&] { record.add(2); });
+  const auto id = timer.after(1ms, [&, token] { record.add(1); });
+  timer.after(2ms, [&] { record.add(2); });
   timer.cancel(id);
   CHECK(token.use_count() == 1);
   timer.cancel(id);
+  door.open();
   CHECK(eventually([&] { return record.size() == 1; }));
   CHECK(record.numbers() == std::vector<int>{2});
   timer.after(std::chrono::hours(1), [token] {});
@@ -240,8 +249,8 @@ TEST_CASE("timer: what was cancelled, or is asked for after stop, never runs") {
 }
 
 TEST_CASE("timer: a task may ask for another, and cancel it") {
-  Timer timer;
   Record record;
+  Timer timer;
   timer.after(1ms, [&] {
     record.add(0);
     const auto id = timer.after(1ms, [&] { record.add(9); });
