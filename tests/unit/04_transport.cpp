@@ -243,9 +243,9 @@ namespace {
 void check_deadline(const RawServer& server, const ChunkSink& sink) {
   const Stopwatch watch;
   const auto answer =
-      make_default_transport()->perform(post(server), sink, Context::with_timeout(100ms));
+      make_default_transport()->perform(post(server), sink, Context::with_timeout(lenient(100ms)));
   CHECK(watch.over(lenient(200ms)) == 0);
-  CHECK(watch.elapsed() >= 100ms);
+  CHECK(watch.elapsed() >= lenient(100ms));
   REQUIRE_FALSE(answer);
   CHECK_MESSAGE(answer.error().code == ErrorCode::Timeout, text_of(answer));
   CHECK(answer.error().outcome == Outcome::MaybeApplied);
@@ -302,20 +302,20 @@ TEST_CASE("transport: the idle timeout counts from the last byte") {
     wire.send(kChunkedHead);
     for (int i = 0; i < 10; ++i) {
       wire.send(chunk("line\n"));
-      std::this_thread::sleep_for(60ms);
+      std::this_thread::sleep_for(160ms);
     }
     wire.wait_for_end();
   }));
   auto request = post(server);
-  request.idle_timeout = 500ms;
+  request.idle_timeout = 1500ms;
   Collected collected;
   const Stopwatch watch;
   const auto answer =
       make_default_transport()->perform(request, collected.sink(), Context::with_timeout(10s));
   REQUIRE_FALSE(answer);
   CHECK(collected.calls == 10);
-  CHECK(watch.elapsed().count() >= milliseconds(1000).count());
-  CHECK(watch.over(lenient(1500ms)) == 0);
+  CHECK(watch.elapsed().count() >= 9 * 160 + 1500);
+  CHECK(watch.over(lenient(3600ms)) == 0);
 }
 
 TEST_CASE("transport: the sink ends the request") {

@@ -494,7 +494,7 @@ TEST_CASE("lease: close waits for a grant that is under way, and revokes what it
     if (request.path != "/v3/lease/grant") return;
     waits = true;
     CHECK(eventually([&] { return s.etcd->leases().size() == 1; }));  // the other one is revoked
-    wait_until([&] { return closed.load(); }, 100ms);
+    CHECK(never([&] { return closed.load(); }, 100ms));
   });
   Joined granting([&] { check_code(s.client.grant(9s), ErrorCode::Cancelled); });
   CHECK(eventually([&] { return waits.load(); }));
@@ -667,6 +667,7 @@ struct Granting {
   using Renew = std::function<Answer(const std::string& endpoint, std::int64_t id)>;
   explicit Granting(Renew renew) {
     options.endpoints = {"one:1", "two:1"};
+    options.clock = clock;
     etcd->always("/v3/kv/range", ok(line_of(7, 0)));
     etcd->always("/v3/lease/revoke", ok(line_of(7, 0)));
     etcd->always("/v3/lease/grant", [](const auto& request, const auto& sink, const auto& ctx) {
@@ -693,6 +694,7 @@ struct Granting {
   }
 
   const std::shared_ptr<ScriptedTransport> etcd{std::make_shared<ScriptedTransport>()};
+  const std::shared_ptr<ManualClock> clock{std::make_shared<ManualClock>()};
   CoordinatorOptions options{options_with(etcd)};
 };
 
@@ -702,8 +704,11 @@ TEST_CASE("lease: what another cluster renews is not renewed") {
   const Granting granting([](const auto&, std::int64_t id) { return Granting::renewal(8, id); });
   auto c = connect_to(granting.options);
   const auto lease = c.client().grant(1s).value();
-  CHECK(eventually([&] { return !lease.held(); }));
-  CHECK(granting.etcd->count(kKeepAlive) > 0);
+  granting.clock->advance(400ms);
+  CHECK(eventually([&] { return granting.etcd->count(kKeepAlive) > 0; }));
+  CHECK(lease.held());
+  granting.clock->advance(600ms);
+  CHECK_FALSE(lease.held());
 }
 
 TEST_CASE("lease: the renewal of another lease is none of this one") {
@@ -714,7 +719,9 @@ TEST_CASE("lease: the renewal of another lease is none of this one") {
   const auto renewed = lease.keep_alive_once();
   REQUIRE_FALSE(renewed);
   CHECK(renewed.error().code == ErrorCode::Internal);
-  CHECK(eventually([&] { return !lease.held(); }));
+  CHECK(lease.held());
+  granting.clock->advance(1s);
+  CHECK_FALSE(lease.held());
 }
 
 TEST_CASE("lease: a member that serves all but renewals is left for another one") {
@@ -723,11 +730,9 @@ TEST_CASE("lease: a member that serves all but renewals is left for another one"
     asked.add(endpoint);
     return asked.lines().front() == endpoint ? silence() : Granting::renewal(7, id);
   });
-  const auto clock = std::make_shared<ManualClock>();
-  granting.options.clock = clock;
   auto c = connect_to(granting.options);
   const auto lease = c.client().grant(1s).value();
-  clock->advance(400ms);
+  granting.clock->advance(400ms);
   REQUIRE(eventually([&] { return asked.size() >= 2; }));
   CHECK(asked.lines()[1] != asked.lines()[0]);
 }

@@ -490,9 +490,9 @@ TEST_CASE("registry: close takes all away, and nothing comes back") {
 }
 
 TEST_CASE("registry: a handler may register and unregister") {
+  std::atomic<bool> done{false};
   Setup s;
   RegisterOptions options;
-  std::atomic<bool> done{false};
   options.on_event = [&](RegistrationEvent event, const ServiceInfo&) {
     if (event != RegistrationEvent::Lost) return;
     CHECK(s.c.registry().unregister("w1"));
