@@ -547,9 +547,11 @@ TEST_CASE("transport: why there is no answer, in plain words") {
         "the connection was closed before an answer came: is it an https port?");
   CHECK(cause([&](Wire& wire) { wire.send(some); }) ==
         "the connection was closed in the middle of the answer");
-  CHECK(cause(stay, 200ms).find("no answer in 0.2") == 0);
-  CHECK(cause([&](Wire& wire) { wire.send(some), stay(wire); }, 200ms)
-            .find("nothing more came in 0.") == 0);
+  double waited = 0;
+  REQUIRE(std::sscanf(cause(stay, 200ms).c_str(), "no answer in %lf s", &waited) == 1);
+  CHECK(waited >= 0.1);
+  CHECK(cause([&](Wire& wire) { wire.send(some), stay(wire); }, lenient(200ms))
+            .find("nothing more came in ") == 0);
   CHECK(cause([&](Wire& wire) { wire.send("\x15\x03\x01\x02"), stay(wire); }) ==
         "http spoken to an https port");
   CHECK(cause([&](Wire& wire) { wire.send("SSH-2.0 \x1b[31m\r\n"), stay(wire); }) ==
