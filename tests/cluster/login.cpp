@@ -35,7 +35,7 @@ class GuardedCluster {
       const std::string name = "user" + std::to_string(++users_);
       return as_root("/v3/auth/user/add", {{"name", name}, {"password", "p"}});
     };
-    return wait_until(added, 10s);
+    return wait_until(added, 30s);
   }
   bool change_password(const std::string& password) {
     return as_root("/v3/auth/user/changepw", {{"name", "app"}, {"password", password}});
@@ -69,8 +69,8 @@ class Calls {
   explicit Calls(Coordinator& coordinator) : c_(coordinator) {
     c_.config().set("watched", "0").value();
     watch_ = std::make_unique<Watch<ConfigEvent>>(c_.config().watch("watched").value());
-    lock_ = std::make_unique<Lock>(c_.lock().acquire("kept", 5s).value());
-    c_.registry().register_service({"id", "svc", "127.0.0.1", 80, {}, 5s}).value();
+    lock_ = std::make_unique<Lock>(c_.lock().acquire("kept", 15s).value());
+    c_.registry().register_service({"id", "svc", "127.0.0.1", 80, {}, 15s}).value();
     loops_.add(20ms, [this] { count("get", c_.config().get("watched")); });
     loops_.add(20ms, [this] { set_and_hear(); });
     loops_.add(50ms, [this] { take_and_give_back(); });
@@ -192,8 +192,8 @@ TEST_CASE("a password is changed: locks that are held stay held") {
   for (const auto& binary : binaries()) {
     GuardedCluster guarded(binary, {});
     auto coordinator = connect(guarded.options());
-    auto lock = coordinator.lock().acquire("held", 3s).value();
-    auto office = coordinator.election().campaign("office", "us", 3s).value();
+    auto lock = coordinator.lock().acquire("held", 5s).value();
+    auto office = coordinator.election().campaign("office", "us", 5s).value();
     // Newer releases of etcd want a live token of who renews: there nothing can be kept.
     guarded.etcd().set_token("");
     const auto renewal = guarded.etcd().ask(0, "/v3/lease/keepalive", {{"ID", "1"}});
@@ -202,7 +202,7 @@ TEST_CASE("a password is changed: locks that are held stay held") {
     const auto read = coordinator.config().get("any");
     REQUIRE_FALSE(read);
     CHECK(read.error().code == ErrorCode::PermissionDenied);
-    std::this_thread::sleep_for(is_long() ? 20s : 7s);  // more than two TTLs
+    std::this_thread::sleep_for(is_long() ? 20s : 11s);  // more than two TTLs
     guarded.log_in();
     const auto key_is_there = [&](const std::string& key) {
       return guarded.etcd().gateway(0).get(key).json.contains("kvs");
@@ -213,7 +213,7 @@ TEST_CASE("a password is changed: locks that are held stay held") {
     CHECK(key_is_there(office.key()) == renews_for_all);
     REQUIRE(guarded.change_password("secret"));
     const auto works_again = [&] { return bool(coordinator.config().set("any", 1)); };
-    CHECK(wait_until(works_again, 10s));
+    CHECK(wait_until(works_again, 30s));
     CHECK(lock.held() == renews_for_all);
   }
 }

@@ -204,20 +204,20 @@ CONFORMANCE("a lease that is not kept alive runs out, one that is does not") {
   const Gateway g = etcd.gateway();
   const std::string p = etcd.prefix();
   const auto kept = etcd.lease_id(), left = etcd.lease_id();
-  REQUIRE(g.grant(kept, 3).status == 200);
-  REQUIRE(g.grant(left, 2).status == 200);
+  REQUIRE(g.grant(kept, 8).status == 200);
+  REQUIRE(g.grant(left, 4).status == 200);
   g.put(p + "kept", "1", lease_field(kept));
   g.put(p + "left", "1", lease_field(left));
   const auto before = g.revision();
   WatchCall watch(g,
                   {create_request(1, p, {{"range_end", b64(coordination::prefix_range_end(p))}})});
   REQUIRE(watch.wait_lines(1));
-  etcd.let_pass(1500ms);
-  CHECK(ttl_of(g.keep_alive({kept})[0]) == 3);
-  etcd.let_pass(1500ms);
+  etcd.let_pass(2500ms);
+  CHECK(ttl_of(g.keep_alive({kept})[0]) == 8);
+  etcd.let_pass(2500ms);
   const bool gone = support::wait_until(
       [&] {
-        CHECK(ttl_of(g.keep_alive({kept})[0]) == 3);
+        CHECK(ttl_of(g.keep_alive({kept})[0]) == 8);
         return keys_of(g.get(p + "left")).empty();
       },
       20s);

@@ -37,7 +37,7 @@ void check_finds(const Diagnosis& diagnosis, const std::string& severity,
 }
 
 Diagnosis diagnose(const std::string& url, std::vector<std::string> options = {}) {
-  options.insert(options.end(), {"--json", "--command-timeout", "3s", "status"});
+  options.insert(options.end(), {"--json", "--command-timeout", "10s", "status"});
   const auto run = Coordctl(url).run(options);
   Diagnosis diagnosis;
   diagnosis.exit_code = run.exit_code;

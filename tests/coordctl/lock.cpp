@@ -75,7 +75,7 @@ TEST_CASE_FIXTURE(Fixture, "coordctl lock: who does not wait, or not long, ends 
   const auto tried = ctl.run(lock({"--try", "x"}, {"echo", "ran"}));
   CHECK(tried.exit_code == kHeld);
   CHECK(tried.out.find("ran") == std::string::npos);
-  const auto late = ctl.run(lock({"--timeout", "300ms", "x"}, {"echo", "ran"}));
+  const auto late = ctl.run(lock({"--timeout", "1s", "x"}, {"echo", "ran"}));
   CHECK(late.exit_code == kHeld);
   CHECK(late.out.find("ran") == std::string::npos);
   CHECK(etcdctl.keys("/locks/x/").size() == 1);

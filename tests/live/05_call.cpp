@@ -66,7 +66,8 @@ TEST_CASE("call: what is no path or no object is not sent") {
   for (const json& body : {json("{}"), json::array(), json(1)}) {
     CHECK(c.client().call("/v3/cluster/member/list", body).error().code == ErrorCode::Validation);
   }
-  const auto unknown = c.client().call("/v3/no/such/thing", {}, Context::with_timeout(lenient(2s)));
+  const auto unknown =
+      c.client().call("/v3/no/such/thing", {}, Context::with_timeout(lenient(20s)));
   REQUIRE_FALSE(unknown);
   CHECK(unknown.error().code == ErrorCode::Unavailable);
 }

@@ -14,7 +14,7 @@ using namespace support;
 
 namespace {
 
-constexpr auto kSoon = 10s;
+constexpr auto kSoon = 30s;
 
 struct Fixture {
   Coordinator coordinator{connect(shared_etcd())};
@@ -119,7 +119,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: every change in order, with its contents and 
   client.put(dir + "a", "3").value();
   const auto removed = client.remove(dir + "b").value();
 
-  const auto first = watch.next(Context::with_timeout(kSoon)).value();
+  const auto first = watch.next(Context::with_timeout(lenient(kSoon))).value();
   CHECK(first.type == EventType::Put);
   CHECK(first.kv.key == dir + "a");
   CHECK(first.kv.value == "1");
@@ -128,7 +128,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: every change in order, with its contents and 
   CHECK(first.kv.version == 1);
   CHECK_FALSE(first.prev_kv.has_value());
   CHECK(take(watch, 2) == Texts{"PUT " + dir + "b=2", "PUT " + dir + "a=3"});
-  const auto last = watch.next(Context::with_timeout(kSoon)).value();
+  const auto last = watch.next(Context::with_timeout(lenient(kSoon))).value();
   CHECK(last.type == EventType::Delete);
   CHECK(last.kv.key == dir + "b");
   CHECK(last.revision == removed.revision);
@@ -169,9 +169,9 @@ TEST_CASE_FIXTURE(Fixture, "watch: from a revision of the past, with previous va
   SUBCASE("with previous values") {
     request.prev_kv = true;
     auto watch = client.watch(request).value();
-    CHECK_FALSE(watch.next(Context::with_timeout(kSoon)).value().prev_kv.has_value());
-    CHECK(watch.next(Context::with_timeout(kSoon)).value().prev_kv.value().value == "1");
-    CHECK(watch.next(Context::with_timeout(kSoon)).value().prev_kv.value().value == "2");
+    CHECK_FALSE(watch.next(Context::with_timeout(lenient(kSoon))).value().prev_kv.has_value());
+    CHECK(watch.next(Context::with_timeout(lenient(kSoon))).value().prev_kv.value().value == "1");
+    CHECK(watch.next(Context::with_timeout(lenient(kSoon))).value().prev_kv.value().value == "2");
   }
   SUBCASE("no puts") {
     request.no_put = true;
@@ -191,7 +191,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: from a revision of the past, with previous va
     auto watch = client.watch(request).value();
     client.put(dir + "a", "too early").value();
     client.put(dir + "a", "4").value();
-    const auto event = watch.next(Context::with_timeout(kSoon)).value();
+    const auto event = watch.next(Context::with_timeout(lenient(kSoon))).value();
     CHECK(event.revision >= now + 2);
     CHECK(event.kv.value == "4");
   }
@@ -204,7 +204,7 @@ TEST_CASE_FIXTURE(Fixture, "watch: many events of one transaction, and bytes") {
   const auto done = client.commit(txn).value();
   std::string order;
   for (int i = 0; i < 20; ++i) {
-    const auto event = watch.next(Context::with_timeout(kSoon)).value();
+    const auto event = watch.next(Context::with_timeout(lenient(kSoon))).value();
     CHECK(event.revision == done.revision);
     CHECK(event.kv.value == event.kv.key.substr(dir.size()) + '\0');
     order += event.kv.value[0];
@@ -221,8 +221,8 @@ TEST_CASE_FIXTURE(
   auto request = all();
   request.start_revision = start;
   auto watch = client.watch(request);
-  const auto event =
-      watch ? watch->next(Context::with_timeout(kSoon)) : Result<WatchEvent>(watch.error());
+  const auto event = watch ? watch->next(Context::with_timeout(lenient(kSoon)))
+                           : Result<WatchEvent>(watch.error());
   REQUIRE_FALSE(event);
   CHECK(event.error().code == ErrorCode::Compacted);
   // Not the compacted revision itself: some etcds have dropped deletes from it.

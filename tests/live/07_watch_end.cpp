@@ -29,8 +29,9 @@ class Hammer {
  public:
   explicit Hammer(const std::string& key)
       : coordinator_(connect(shared_etcd())), thread_([this, key] {
-          for (int i = 0; !stopping_; ++i)
-            coordinator_.client().put(key, std::to_string(i)).value();
+          for (int i = 0; !stopping_; ++i) {
+            static_cast<void>(coordinator_.client().put(key, std::to_string(i)));
+          }
         }) {}
   ~Hammer() {
     stopping_ = true;
@@ -126,9 +127,9 @@ TEST_CASE_FIXTURE(Fixture, "handlers: may cancel and destroy their own watch") {
 }
 
 TEST_CASE_FIXTURE(Fixture, "handlers: may make calls and watches, and close the coordinator") {
-  std::optional<Subscription> inner;
   std::atomic<bool> made{false}, closed{false};
   Journal<std::string> seen;
+  std::optional<Subscription> inner;
   auto outer =
       client
           .watch(all(),

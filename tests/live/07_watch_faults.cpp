@@ -210,8 +210,8 @@ TEST_CASE("watch: 50 cuts, two kills and compactions under 5000 writes [slow]") 
   const auto before = writer.truth();
   auto coordinator = connect(options);
 
+  std::atomic<int> told{0};  // outlives its handler
   auto view = coordinator.config().view("app").value();
-  std::atomic<int> told{0};
   view.on_change([&] { ++told; });
   Changes history;  // with what was there
   WatchOptions existing;

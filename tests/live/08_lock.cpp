@@ -1,6 +1,7 @@
 // Locks on a real etcd: exclusion, order, tokens, loss, renewal, and that nothing is left behind.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <mutex>
 #include <thread>
 
@@ -57,7 +58,7 @@ struct LostCount {
 }  // namespace
 
 TEST_CASE_FIXTURE(Fixture, "lock: taken, seen in etcd, given back") {
-  auto lock = locks.acquire("jobs/nightly", 10s).value();
+  auto lock = locks.acquire("jobs/nightly", 60s).value();
   CHECK(lock.held());
   const auto entries = queue("jobs/nightly");
   REQUIRE(entries.size() == 1);
@@ -68,8 +69,8 @@ TEST_CASE_FIXTURE(Fixture, "lock: taken, seen in etcd, given back") {
   hex << std::hex << entries[0].lease;
   CHECK(lease_hex(lock.key()) == hex.str());
   const auto left = lock.ttl().value();
-  CHECK(left > 8s);
-  CHECK(left <= 10s);
+  CHECK(left > 40s);
+  CHECK(left <= 60s);
 
   CHECK(lock.unlock());
   CHECK_FALSE(lock.held());
@@ -140,7 +141,7 @@ TEST_CASE_FIXTURE(Fixture, "lock: the next waiter has it at once") {
   lock.unlock().value();
   waiter.join();
   CHECK(has);
-  CHECK(watch.over(lenient(60ms)) == 0);
+  CHECK(watch.over(lenient(100ms)) == 0);
 }
 
 TEST_CASE_FIXTURE(Fixture, "lock: the destructor and a move give it back") {
@@ -161,7 +162,8 @@ TEST_CASE_FIXTURE(Fixture, "lock: the destructor and a move give it back") {
 TEST_CASE_FIXTURE(Fixture, "lock: a call that fails leaves neither key nor lease behind") {
   auto lock = locks.acquire("x", 30s).value();
   other.close().value();
-  const auto leases_before = ctl.leases();
+  auto leases_before = ctl.leases();
+  std::sort(leases_before.begin(), leases_before.end());
   {
     auto third = connect([&] {
       auto options = options_for(shared_etcd());
@@ -181,7 +183,12 @@ TEST_CASE_FIXTURE(Fixture, "lock: a call that fails leaves neither key nor lease
     CHECK_FALSE(third.lock().try_acquire("x", 7s));
     CHECK(queue("x").size() == 1);
   }
-  CHECK(ctl.leases().size() == leases_before.size());
+  const auto none_is_new = [&] {  // older ones may have run out
+    auto leases = ctl.leases();
+    std::sort(leases.begin(), leases.end());
+    return std::includes(leases_before.begin(), leases_before.end(), leases.begin(), leases.end());
+  };
+  CHECK(wait_until(none_is_new, lenient(1s)));
 }
 
 TEST_CASE_FIXTURE(Fixture, "lock: bad keys and TTLs, before anything is sent") {
@@ -207,12 +214,12 @@ TEST_CASE_FIXTURE(Fixture, "lock: bad keys and TTLs, before anything is sent") {
   CHECK(counting->requests() == 0);
 }
 
-TEST_CASE_FIXTURE(Fixture, "lock: it renews itself, also beyond etcd's minimum TTL [slow]") {
-  auto lock = locks.acquire("x", 1s).value();
-  CHECK(lock.ttl().value() <= 2s);
+TEST_CASE_FIXTURE(Fixture, "lock: it renews itself, over three TTLs [slow]") {
+  CHECK(locks.acquire("short", 1s).value().ttl().value() <= 2s);
+  auto lock = locks.acquire("x", 4s).value();
   LostCount lost;
   lock.on_lost(lost.handler());
-  CHECK(never([&] { return !lock.held() || queue("x").empty(); }, 6500ms));
+  CHECK(never([&] { return !lock.held() || queue("x").empty(); }, 12500ms));
   CHECK(*lost.calls == 0);
   CHECK(lock.unlock());
 }
@@ -225,8 +232,9 @@ TEST_CASE_FIXTURE(Fixture, "lock: renew with the same TTL, and with another") {
   CHECK(lock.key() == key);
 
   std::atomic<bool> overtaken{false};
+  const Context waiting;
   std::thread waiter([&] {
-    if (others.acquire("x", 10s, Context::with_timeout(1s))) overtaken = true;
+    if (others.acquire("x", 10s, waiting)) overtaken = true;
   });
   REQUIRE(queue_is("x", 2));
   const auto renewed = lock.renew(30s);
@@ -238,6 +246,8 @@ TEST_CASE_FIXTURE(Fixture, "lock: renew with the same TTL, and with another") {
   CHECK(entry.create_revision == token);
   CHECK_MESSAGE(queue("x").at(0).key == lock.key(), "it has kept its place");
   CHECK(client.commit(Txn{}.when(lock.guard())).value().succeeded);
+  CHECK(never([&] { return overtaken.load(); }, 300ms));
+  waiting.cancel();
   waiter.join();
   CHECK_FALSE(overtaken);
   for (const milliseconds bad : {0ms, -1ms}) {
@@ -252,9 +262,9 @@ TEST_CASE_FIXTURE(Fixture, "lock: renew with the same TTL, and with another") {
 
 TEST_CASE_FIXTURE(Fixture, "lock: a renewal with another TTL holds from then on") {
   auto lock = locks.acquire("x", 30s).value();
-  lock.renew(2s).value();
-  CHECK(lock.ttl().value() <= 2s);
-  CHECK(never([&] { return !lock.held() || queue("x").empty(); }, 4500ms));
+  lock.renew(6s).value();
+  CHECK(lock.ttl().value() <= 6s);
+  CHECK(never([&] { return !lock.held() || queue("x").empty(); }, 7s));
   CHECK(lock.unlock());
 }
 
@@ -361,8 +371,9 @@ TEST_CASE("lock: alone, lock and unlock cost two round trips in a loop") {
   for (int i = 0; i < kRounds; ++i) {
     coordinator.lock().acquire("x", 30s).value().unlock().value();
   }
+  const int all = counting->requests();  // first: what comes meanwhile is beside
   const int beside = counting->requests("/v3/lease/keepalive") + counting->requests("/v3/watch");
-  CHECK(counting->requests() - beside <= 2 * kRounds);
+  CHECK(all - beside <= 2 * kRounds);
   coordinator.close().value();
   Etcdctl ctl(shared_etcd());
   CHECK(ctl.keys(options.key_prefix).empty());

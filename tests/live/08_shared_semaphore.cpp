@@ -19,7 +19,7 @@ struct Queue {
   std::vector<std::unique_ptr<Wish>> wishes;
 
   explicit Queue(const std::string& service) : path(options.key_prefix + service) {
-    REQUIRE(onlooker.wait_leases(0));
+    REQUIRE(onlooker.wait_leases(0, 30s));
     for (int i = 0; i < 3; ++i) clients.push_back(connect(options));
   }
   Queue(const Queue&) = delete;
@@ -29,7 +29,7 @@ struct Queue {
     wishes.clear();
     for (auto& client : clients) static_cast<void>(client.close());
     CHECK(onlooker.count(path) == 0);
-    CHECK(onlooker.gateway.leases().empty());
+    CHECK(onlooker.wait_leases(0, 1s));
   }
 
   // Begins a call and waits until its key is in the queue.
@@ -264,5 +264,5 @@ TEST_CASE("shared, semaphore: random interleavings agree with a model [slow]") {
   SUBCASE("three permits") { rule.permits = 3; }
   CHECK(run_queue_models(rule, scaled(40), 12, seed) == "");
   Onlooker onlooker(lease_etcd());
-  CHECK(onlooker.gateway.leases().empty());
+  CHECK(onlooker.wait_leases(0, 1s));
 }

@@ -48,8 +48,8 @@ TEST_CASE_FIXTURE(Fixture, "globals: services") {
   CHECK(found[0] == service);
   unregister_service("1").value();
   CHECK(discover_services("web").value().empty());
-  CHECK(watch.next(Context::with_timeout(5s)).value().type == EventType::Put);
-  CHECK(watch.next(Context::with_timeout(5s)).value().type == EventType::Delete);
+  CHECK(watch.next(Context::with_timeout(lenient(20s))).value().type == EventType::Put);
+  CHECK(watch.next(Context::with_timeout(lenient(20s))).value().type == EventType::Delete);
   CHECK(wait_until([&] { return calls == 2; }, lenient(2s)));
 }
 
@@ -63,8 +63,8 @@ TEST_CASE_FIXTURE(Fixture, "globals: configuration") {
   CHECK(ctl.get(prefix + "/config/app/port") == "5432");
   delete_config("app/port").value();
   CHECK(get_config("app/port").error().code == ErrorCode::NotFound);
-  CHECK(watch.next(Context::with_timeout(5s)).value().value == 5432);
-  CHECK(watch.next(Context::with_timeout(5s)).value().type == EventType::Delete);
+  CHECK(watch.next(Context::with_timeout(lenient(20s))).value().value == 5432);
+  CHECK(watch.next(Context::with_timeout(lenient(20s))).value().type == EventType::Delete);
   CHECK(wait_until([&] { return calls == 2; }, lenient(2s)));
 }
 

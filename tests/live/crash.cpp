@@ -10,7 +10,7 @@ using namespace support;
 
 namespace {
 
-constexpr auto kTtl = 3s;
+constexpr auto kTtl = 5s;
 
 // Arguments: url, key prefix. Holds a lock and a registration until it is killed.
 int hold(const Args& args) {
@@ -41,7 +41,7 @@ struct Fixture {
 
 TEST_CASE_FIXTURE(Fixture,
                   "crash: who waits for a killed holder has the lock within TTL + 2 s [slow]") {
-  std::this_thread::sleep_for(4s);  // longer than the TTL: it renews itself
+  std::this_thread::sleep_for(6s);  // longer than the TTL: it renews itself
   REQUIRE(registered());
   CHECK_FALSE(coordinator.lock().try_acquire("x", 10s));
   Result<Lock> lock = Error{};
@@ -55,7 +55,7 @@ TEST_CASE_FIXTURE(Fixture,
   waiter.join();
   CHECK(queued);
   REQUIRE_MESSAGE(lock, why(lock));
-  MESSAGE("the lock passed on after ", watch.seconds(), " s; TTL 3 s");
+  MESSAGE("the lock passed on after ", watch.seconds(), " s; TTL 5 s");
   CHECK(watch.over(kTtl + 2s) == 0);
   CHECK(watch.elapsed() >= 1s);
   CHECK(lock->fencing_token() > token);
@@ -69,7 +69,7 @@ TEST_CASE_FIXTURE(Fixture, "crash: a killed service is gone within TTL + 2 s") {
   child.kill9();
   const Stopwatch dead;
   CHECK(wait_until([&] { return !registered(); }, lenient(kTtl + 2s)));
-  MESSAGE("the service was gone after ", dead.seconds(), " s; TTL 3 s");
+  MESSAGE("the service was gone after ", dead.seconds(), " s; TTL 5 s");
   const auto event = watch.next(Context::with_timeout(lenient(5s))).value();
   CHECK(event.type == EventType::Delete);
   CHECK(event.service.id == "dying");

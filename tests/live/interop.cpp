@@ -88,7 +88,7 @@ TEST_CASE_FIXTURE(Fixture, "interop: a record as the Go module writes it is read
 
   auto watch = coordinator.registry().watch("web").value();
   REQUIRE(ctl.run({"del", "/services/web/web-1"}).ok());
-  const auto event = watch.next(Context::with_timeout(5s)).value();
+  const auto event = watch.next(Context::with_timeout(lenient(20s))).value();
   CHECK(event.type == EventType::Delete);
   CHECK(event.service == found[0]);
 }
@@ -135,7 +135,7 @@ TEST_CASE_FIXTURE(Fixture, "interop: configuration values, both ways") {
 
   auto watch = config.watch_prefix("app").value();
   REQUIRE(ctl.put("/config/app/name", "from outside"));
-  const auto event = watch.next(Context::with_timeout(5s)).value();
+  const auto event = watch.next(Context::with_timeout(lenient(20s))).value();
   CHECK(event.key == "app/name");
   CHECK(event.value == "from outside");
 }

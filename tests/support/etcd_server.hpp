@@ -155,7 +155,8 @@ inline std::string unique_prefix() {
 class Etcdctl {
  public:
   explicit Etcdctl(const EtcdServer& server, std::vector<std::string> flags = {})
-      : base_{"etcdctl", "--endpoints=" + server.url()} {
+      : base_{"etcdctl", "--endpoints=" + server.url(), "--dial-timeout=20s",
+              "--command-timeout=20s"} {
     base_.insert(base_.end(), flags.begin(), flags.end());
   }
 

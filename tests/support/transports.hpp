@@ -36,6 +36,13 @@ class CountingTransport : public coordination::Transport {
     for (const auto& [path, count] : counts_) sum += count;
     return sum;
   }
+  /// All but those to this path, counted at one moment.
+  int requests_but(const std::string& path) const {
+    std::lock_guard<std::mutex> hold(mutex_);
+    int sum = 0;
+    for (const auto& [one, count] : counts_) sum += one == path ? 0 : count;
+    return sum;
+  }
   int requests(const std::string& path) const {
     std::lock_guard<std::mutex> hold(mutex_);
     const auto found = counts_.find(path);
