@@ -48,7 +48,8 @@ TEST_CASE("handover: two contenders pass one lock at least 300 times a second") 
     a.join();
     b.join();
     in_time = watch.over(2s) == 0;
-    MESSAGE(enough / watch.seconds(), " hand-overs a second");
+    const double rate = enough / watch.seconds();
+    MESSAGE(rate, " hand-overs a second");
     CHECK(count.failures == 0);
   }
   CHECK(in_time);
