@@ -92,12 +92,13 @@ TEST_CASE_FIXTURE(Fixture, "lock: exclusion between Coordinators, and within one
     CHECK(late.error().code == ErrorCode::Timeout);
     CHECK(watch.elapsed() >= 190ms);
     CHECK(watch.over(lenient(300ms)) == 0);
-    CHECK_MESSAGE(queue("x").size() == 1, "who gave up has left the queue");
+    // On a busy machine it may have been asking for its place to the end.
+    CHECK_MESSAGE(queue_is("x", 1), "who gave up has left the queue");
   }
   CHECK(lock.held());
   CHECK(others.try_acquire("another", 10s));
   lock.unlock().value();
-  auto next = others.try_acquire("x", 10s).value();
+  auto next = others.acquire("x", 10s, Context::with_timeout(lenient(20s))).value();
   CHECK(next.held());
   CHECK(next.fencing_token() > lock.fencing_token());
 }
@@ -181,7 +182,7 @@ TEST_CASE_FIXTURE(Fixture, "lock: a call that fails leaves neither key nor lease
     REQUIRE_FALSE(cancelled);
     CHECK(cancelled.error().code == ErrorCode::Cancelled);
     CHECK_FALSE(third.lock().try_acquire("x", 7s));
-    CHECK(queue("x").size() == 1);
+    CHECK(queue_is("x", 1));
   }
   const auto none_is_new = [&] {  // older ones may have run out
     auto leases = ctl.leases();
