@@ -282,6 +282,23 @@ TEST_CASE_FIXTURE(Fixture, "coordctl config watch: events, and a command for eac
   CHECK(watch.wait(lenient(5s)) == 128 + SIGTERM);
 }
 
+TEST_CASE_FIXTURE(Fixture, "coordctl config watch: a signal while its command runs ends both") {
+  const TempDir folder;
+  const auto file = folder.file("log");
+  auto watch = ctl.start({"config", "watch", "app/a", "--exec",
+                          "trap 'echo told >> " + file + "; exit 3' TERM; echo begun >> " + file +
+                              "; while :; do sleep 0.05; done"});
+  REQUIRE(wait_until(
+      [&] {
+        REQUIRE(etcdctl.put("/config/app/a", "0"));
+        return !contents(file).empty();
+      },
+      lenient(20s)));
+  watch.signal(SIGTERM);
+  CHECK(watch.wait(lenient(10s)) == 128 + SIGTERM);
+  CHECK(contents(file) == "begun\ntold\n");
+}
+
 TEST_CASE_FIXTURE(Fixture, "coordctl: the environment, and options before it") {
   const std::vector<std::string> env{"ETCDCTL_ENDPOINTS=" + server.url(),
                                      "COORDINATION_KEY_PREFIX=/shop"};

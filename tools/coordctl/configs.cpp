@@ -71,14 +71,22 @@ class TempFile {
   bool kept_{false};
 };
 
-/// Runs a command to its end and returns its exit status.
-int run_to_end(Inbox& inbox, const std::vector<std::string>& argv, const Signals& signals,
+struct End {
+  int status;  // of the command
+  int signal;  // that has come meanwhile and ends programs; 0 = none
+};
+
+/// Runs a command to its end.
+End run_to_end(Inbox& inbox, const std::vector<std::string>& argv, const Signals& signals,
                const CommandOptions& options) {
   Command command(argv, signals, options);
+  int ended_by = 0;
   while (true) {
-    if (const auto status = command.reap()) return *status;
+    if (const auto status = command.reap()) return {*status, ended_by};
     const auto event = inbox.wait();
-    if (event && event->signal != SIGCHLD) command.signal(event->signal);
+    if (!event || event->signal == SIGCHLD) continue;
+    command.signal(event->signal);
+    if (Signals::ends(event->signal)) ended_by = event->signal;
   }
 }
 
@@ -123,8 +131,8 @@ int config_list(const Settings& settings, const std::string& prefix) {
 namespace {
 
 /// `command` once for each event: of what happened in its environment, the value on its input.
-int run_for(Inbox& inbox, const Signals& signals, const ConfigEvent& event,
-            const std::string& command) {
+void run_for(Inbox& inbox, const Signals& signals, const ConfigEvent& event,
+             const std::string& command) {
   const TempFile file(event.type == EventType::Put ? pretty(event.value) + "\n" : "");
   CommandOptions options;
   options.input = open(file.path().c_str(), O_RDONLY | O_CLOEXEC);
@@ -132,10 +140,10 @@ int run_for(Inbox& inbox, const Signals& signals, const ConfigEvent& event,
   options.environment = {{"COORDINATION_CONFIG_TYPE", to_string(event.type)},
                          {"COORDINATION_CONFIG_KEY", event.key},
                          {"COORDINATION_CONFIG_REVISION", std::to_string(event.revision)}};
-  const int status = run_to_end(inbox, shell(command), signals, options);
+  const auto end = run_to_end(inbox, shell(command), signals, options);
   close(options.input);
-  if (status != 0) say("the command has ended with " + std::to_string(status));
-  return status;
+  if (end.status != 0) say("the command has ended with " + std::to_string(end.status));
+  if (end.signal != 0) throw ended_by(end.signal);
 }
 
 void show(const Settings& settings, const ConfigEvent& event) {
@@ -201,7 +209,7 @@ void run_editor(const std::string& path) {
   const auto command = editor() + " \"$COORDCTL_FILE\"";
   CommandOptions options;
   options.environment = {{"COORDCTL_FILE", path}};
-  const int status = run_to_end(inbox, shell(command), signals, options);
+  const int status = run_to_end(inbox, shell(command), signals, options).status;
   if (status != 0) throw Failure{kSystem, "the editor has ended with " + std::to_string(status)};
 }
 

@@ -56,6 +56,11 @@ class Signals {
   std::thread thread_;
 };
 
+/// For a program that a signal ends while it waits.
+inline Failure ended_by(int signal) {
+  return {kSignal + signal, std::string("ended by ") + strsignal(signal)};
+}
+
 /// Calls `call(ctx)` in a thread of its own and waits for it. A signal that ends programs cancels
 /// `ctx`, and then coordctl. `notice`, if there is one, is called while it takes long: after two
 /// seconds, then less and less often.
@@ -67,22 +72,22 @@ auto await(Inbox& inbox, Context ctx, Call call, const std::function<void()>& no
     answer.emplace(call(ctx));
     inbox.push({Event::Kind::Ready});
   });
-  int ended_by = 0;
+  int signal = 0;
   milliseconds pause(2000);
   for (auto next = steady_clock::now() + pause;;) {
     const auto event = inbox.wait(next);
     if (event && event->kind == Event::Kind::Ready) break;
     if (event && event->kind == Event::Kind::Signal && Signals::ends(event->signal)) {
-      ended_by = event->signal;
+      signal = event->signal;
       ctx.cancel();
     }
     if (event) continue;
-    if (notice && !ended_by) notice();
+    if (notice && signal == 0) notice();
     pause = std::min(pause * 2, milliseconds(60000));
     next = steady_clock::now() + pause;
   }
   thread.join();
-  if (ended_by) throw Failure{kSignal + ended_by, std::string("ended by ") + strsignal(ended_by)};
+  if (signal != 0) throw ended_by(signal);
   return std::move(*answer);
 }
 
