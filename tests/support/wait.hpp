@@ -85,8 +85,9 @@ class Stopwatch {
   void reset() { *this = Stopwatch(); }
 
  private:
-  std::chrono::steady_clock::time_point start_{std::chrono::steady_clock::now()};
+  // First: a thread may lose its processor between the two, and that time must not count alone.
   milliseconds pressure_{detail::pressure()};
+  std::chrono::steady_clock::time_point start_{std::chrono::steady_clock::now()};
 };
 
 /// Asks every few milliseconds; false if the condition did not come true within `limit`, see
