@@ -312,9 +312,14 @@ struct AuthFixture {
       request.path = path;
       request.body = body.dump();
       if (!token.empty()) request.headers.emplace_back("Authorization", token);
-      const auto answer = make_default_transport()->perform(request, nullptr, {}).value();
-      if (answer.status != 200) throw std::runtime_error(answer.body);
-      return nlohmann::json::parse(answer.body);
+      std::string body;
+      const auto done = [&] {  // etcd itself gives up where the machine is busy
+        const auto answer = make_default_transport()->perform(request, nullptr, {}).value();
+        body = answer.body;
+        return answer.status == 200;
+      };
+      if (!wait_until(done, lenient(10s))) throw std::runtime_error(body);
+      return nlohmann::json::parse(body);
     };
     const auto root =
         ask("/v3/auth/authenticate", {{"name", "root"}, {"password", "root-password"}}, "");

@@ -257,7 +257,7 @@ TEST_CASE_FIXTURE(Fixture, "lock: renew with the same TTL, and with another") {
     CHECK(refused.error().code == ErrorCode::Validation);
   }
   CHECK(lock.unlock());
-  CHECK(queue("x").empty());
+  CHECK(queue_is("x", 0));
   CHECK_FALSE(lock.renew(10s));
 }
 

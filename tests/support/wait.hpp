@@ -146,17 +146,17 @@ inline int connections_in(const char* table, int port, const std::set<std::strin
   constexpr const char* kEstablished = "01";
   std::ifstream file(table);
   std::string line;
-  std::getline(file, line);  // the heading
-  int count = 0;
+  std::getline(file, line);     // the heading
+  std::set<std::string> found;  // while others come and go, one may be listed twice
   while (std::getline(file, line)) {
     std::istringstream fields(line);
     std::string slot, local, remote, state, queues, timer, retransmits, uid, timeout, inode;
     fields >> slot >> local >> remote >> state >> queues >> timer >> retransmits >> uid >>
         timeout >> inode;
     if (state != kEstablished || inodes.count(inode) == 0) continue;
-    if (std::stoi(remote.substr(remote.find(':') + 1), nullptr, 16) == port) ++count;
+    if (std::stoi(remote.substr(remote.find(':') + 1), nullptr, 16) == port) found.insert(inode);
   }
-  return count;
+  return static_cast<int>(found.size());
 }
 
 }  // namespace detail
