@@ -191,13 +191,13 @@ template <class T>
 class [[nodiscard]] Result {
  public:
   /// A success; a function that returns a Result<T> may just return a T.
-  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}
+  Result(T value) : value_(std::in_place, std::move(value)) {}
   /// A failure; it may just return an Error.
-  Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}
+  Result(Error error) : error_(std::in_place, std::move(error)) {}
 
   /// True if there is a value.
-  explicit operator bool() const { return state_.index() == 0; }
-  bool has_value() const { return state_.index() == 0; }
+  explicit operator bool() const { return value_.has_value(); }
+  bool has_value() const { return value_.has_value(); }
 
   /// The value. There must be one: an assertion says so, and without assertions it is undefined.
   T& operator*() & { return *get(); }
@@ -225,20 +225,21 @@ class [[nodiscard]] Result {
   /// Why there is no value. There must be none, as for `*`.
   const Error& error() const {
     assert(!has_value() && "error() of a Result that holds a value");
-    return *std::get_if<1>(&state_);
+    return *error_;
   }
 
  private:
   T* get() {
     assert(has_value() && "* or -> of a Result that holds an error");
-    return std::get_if<0>(&state_);
+    return &*value_;
   }
   const T* get() const { return const_cast<Result*>(this)->get(); }
   void demand() const {
     if (!has_value()) detail::raise(error());
   }
 
-  std::variant<T, Error> state_;
+  std::optional<T> value_;  // not a variant of both: that takes twice as long to compile
+  std::optional<Error> error_;
 };
 
 /// Success or an Error: of calls that return nothing.
