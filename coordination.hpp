@@ -3445,6 +3445,7 @@ class Object {
   Object(const Object&) = delete;
   Object& operator=(const Object&) = delete;
 
+  std::string& out() { return out_; }
   /// Where the value of a member is to be written.
   std::string& member(const char* name) {
     out_ += std::exchange(first_, false) ? "\"" : ",\"";
@@ -3868,12 +3869,11 @@ class Fragments {
 /// As the Go module writes it: ttl in nanoseconds.
 COORDINATION_API std::string encode_service(const ServiceInfo& service) {
   auto ttl = std::chrono::duration_cast<std::chrono::nanoseconds>(service.ttl).count();
-  return dump({{"id", service.id},
-               {"name", service.name},
-               {"address", service.address},
-               {"port", service.port},
-               {"metadata", service.metadata},
-               {"ttl", ttl}});
+  Json metadata = Json::object();
+  for (auto& [name, value] : service.metadata) metadata[name] = value;
+  return "{\"address\":" + dump(service.address) + ",\"id\":" + dump(service.id) +
+         ",\"metadata\":" + dump(metadata) + ",\"name\":" + dump(service.name) +
+         ",\"port\":" + std::to_string(service.port) + ",\"ttl\":" + std::to_string(ttl) + "}";
 }
 
 /// Whether the member is missing, null, or what `is` says.
@@ -11358,177 +11358,151 @@ std::vector<Request> decode_stream(std::string_view body) {
   return requests;
 }
 
-COORDINATION_API void set(Json& object, const char* name, std::int64_t value) {
-  if (value != 0) object[name] = std::to_string(value);
+/// A member that is an array, unless it is empty.
+template <class Item, class Write>
+void write_list(Object& object, const char* name, const std::vector<Item>& items, Write write) {
+  for (const Item& item : items) {
+    write(&item == &items.front() ? object.member(name) += '[' : object.out() += ',', item);
+  }
+  if (!items.empty()) object.out() += ']';
 }
 
-COORDINATION_API void set(Json& object, const char* name, bool value) {
-  if (value) object[name] = true;
+COORDINATION_API void encode(std::string& out, const KeyValue& kv) {
+  Object object(out);
+  object.bytes("key", kv.key);
+  object.bytes("value", kv.value);
+  object.number("create_revision", kv.create_revision);
+  object.number("mod_revision", kv.mod_revision);
+  object.number("version", kv.version);
+  object.number("lease", kv.lease);
 }
 
-COORDINATION_API void set_bytes(Json& object, const char* name, std::string_view value) {
-  if (!value.empty()) object[name] = base64_encode(value);
+COORDINATION_API void write_kvs(Object& object, const char* name,
+                                const std::vector<KeyValue>& kvs) {
+  write_list(object, name, kvs, [](std::string& out, const KeyValue& kv) { encode(out, kv); });
 }
 
-COORDINATION_API Json with_header(std::int64_t revision) {
-  Json header = {{"raft_term", "2"}};
-  set(header, "revision", revision);
-  return {{"header", std::move(header)}};
+// What follows the header of an answer.
+
+COORDINATION_API void encode(Object& out, const RangeResponse& response) {
+  write_kvs(out, "kvs", response.kvs);
+  out.flag("more", response.more);
+  out.number("count", response.count);
 }
 
-COORDINATION_API Json encode(const KeyValue& kv) {
-  Json out = Json::object();
-  set_bytes(out, "key", kv.key);
-  set_bytes(out, "value", kv.value);
-  set(out, "create_revision", kv.create_revision);
-  set(out, "mod_revision", kv.mod_revision);
-  set(out, "version", kv.version);
-  set(out, "lease", kv.lease);
-  return out;
+COORDINATION_API void encode(Object& out, const PutResponse& response) {
+  if (response.prev_kv) encode(out.member("prev_kv"), *response.prev_kv);
 }
 
-COORDINATION_API void set_list(Json& out, const char* name, const std::vector<KeyValue>& kvs) {
-  for (const KeyValue& kv : kvs) out[name].push_back(encode(kv));
+COORDINATION_API void encode(Object& out, const RemoveResponse& response) {
+  out.number("deleted", response.deleted);
+  write_kvs(out, "prev_kvs", response.prev_kvs);
 }
 
-COORDINATION_API Json encode(const RangeResponse& response) {
-  Json out = with_header(response.revision);
-  set_list(out, "kvs", response.kvs);
-  set(out, "more", response.more);
-  set(out, "count", response.count);
-  return out;
+COORDINATION_API void encode(Object& out, const TxnResponse& response);
+
+template <class Response>
+void write_op(Object& op, const char* name, const Response& response, std::int64_t revision) {
+  Object inner(op.member(name));
+  Object(inner.member("header")).number("revision", revision);
+  encode(inner, response);
 }
 
-COORDINATION_API Json encode(const PutResponse& response) {
-  Json out = with_header(response.revision);
-  if (response.prev_kv) out["prev_kv"] = encode(*response.prev_kv);
-  return out;
-}
-
-COORDINATION_API Json encode(const RemoveResponse& response) {
-  Json out = with_header(response.revision);
-  set(out, "deleted", response.deleted);
-  set_list(out, "prev_kvs", response.prev_kvs);
-  return out;
-}
-
-COORDINATION_API Json encode(const TxnResponse& response);
-
-COORDINATION_API Json encode(const OpResponse& response) {
-  const auto op = [](const char* name, Json inner, std::int64_t revision) {
-    inner["header"] = Json::object();
-    set(inner["header"], "revision", revision);
-    Json json = {{name, std::move(inner)}};
-    return json;
-  };
+COORDINATION_API void encode(std::string& out, const OpResponse& response) {
+  Object op(out);
   if (auto* range = std::get_if<RangeResponse>(&response)) {
-    return op("response_range", encode(*range), range->revision);
+    write_op(op, "response_range", *range, range->revision);
+  } else if (auto* put = std::get_if<PutResponse>(&response)) {
+    write_op(op, "response_put", *put, put->revision);
+  } else if (auto* remove = std::get_if<RemoveResponse>(&response)) {
+    write_op(op, "response_delete_range", *remove, remove->revision);
+  } else {
+    write_op(op, "response_txn", **std::get_if<3>(&response), 0);
   }
-
-  if (auto* put = std::get_if<PutResponse>(&response)) {
-    return op("response_put", encode(*put), put->revision);
-  }
-
-  if (auto* remove = std::get_if<RemoveResponse>(&response)) {
-    return op("response_delete_range", encode(*remove), remove->revision);
-  }
-
-  return op("response_txn", encode(**std::get_if<3>(&response)), 0);
 }
 
-COORDINATION_API Json encode(const TxnResponse& response) {
-  Json out = with_header(response.revision);
-  set(out, "succeeded", response.succeeded);
-  for (const OpResponse& op : response.responses) out["responses"].push_back(encode(op));
-  return out;
+COORDINATION_API void encode(Object& out, const TxnResponse& response) {
+  out.flag("succeeded", response.succeeded);
+  write_list(out, "responses", response.responses,
+             [](std::string& to, const OpResponse& op) { encode(to, op); });
 }
 
-COORDINATION_API Json encode(const EmptyResponse& response) {
-  return with_header(response.revision);
+COORDINATION_API void encode(Object&, const EmptyResponse&) {}
+
+COORDINATION_API void encode(Object& out, const LeaseResponse& response) {
+  out.number("ID", response.id);
+  out.number("TTL", response.ttl);
+  out.number("grantedTTL", response.granted_ttl);
+  write_list(out, "keys", response.keys,
+             [](std::string& to, const std::string& key) { to += '"' + base64_encode(key) + '"'; });
 }
 
-COORDINATION_API Json encode(const LeaseResponse& response) {
-  Json out = with_header(response.revision);
-  set(out, "ID", response.id);
-  set(out, "TTL", response.ttl);
-  set(out, "grantedTTL", response.granted_ttl);
-  for (const std::string& key : response.keys) out["keys"].push_back(base64_encode(key));
-  return out;
+COORDINATION_API void encode(Object& out, const LeasesResponse& response) {
+  write_list(out, "leases", response.ids,
+             [](std::string& to, std::int64_t id) { to += lease_body(id); });
 }
 
-COORDINATION_API Json encode(const LeasesResponse& response) {
-  Json out = with_header(response.revision);
-  for (const std::int64_t id : response.ids) {
-    out["leases"].push_back({{"ID", std::to_string(id)}});
-  }
-
-  return out;
+COORDINATION_API void encode(Object& out, const LoginResponse& response) {
+  out.text("token", response.token);
 }
 
-COORDINATION_API Json encode(const LoginResponse& response) {
-  Json out = with_header(response.revision);
-  out["token"] = response.token;
-  return out;
+COORDINATION_API void encode(Object& out, const Status& status) {
+  out.text("version", status.version);
+  out.number("dbSize", status.db_size);
+  out.number("leader", static_cast<std::int64_t>(status.leader));
+  out.number("raftTerm", static_cast<std::int64_t>(status.raft_term));
 }
 
-COORDINATION_API Json encode(const Status& status) {
-  Json out = with_header(status.revision);
-  out["version"] = status.version;
-  set(out, "dbSize", status.db_size);
-  set(out, "leader", static_cast<std::int64_t>(status.leader));
-  set(out, "raftTerm", static_cast<std::int64_t>(status.raft_term));
-  return out;
+COORDINATION_API void encode(std::string& out, const Change& change, bool prev_kv) {
+  Object object(out);
+  if (change.kv->version == 0) object.text("type", "DELETE");
+  encode(object.member("kv"), *change.kv);
+  if (prev_kv && change.prev) encode(object.member("prev_kv"), *change.prev);
 }
 
-COORDINATION_API Json encode(const Change& change, bool prev_kv) {
-  Json out = {{"kv", encode(*change.kv)}};
-  if (change.kv->version == 0) out["type"] = "DELETE";
-  if (prev_kv && change.prev) out["prev_kv"] = encode(*change.prev);
-  return out;
-}
-
-COORDINATION_API Json encode(const StreamLine& line) {
-  Json out = with_header(line.revision);
-  set(out, "watch_id", line.watch_id);
-  set(out, "created", line.created);
-  set(out, "canceled", line.canceled);
-  set(out, "compact_revision", line.compact_revision);
-  if (!line.reason.empty()) out["cancel_reason"] = line.reason;
-  for (const Change& change : line.changes) {
-    out["events"].push_back(encode(change, line.prev_kv));
-  }
-
-  return out;
+COORDINATION_API void encode(Object& out, const StreamLine& line) {
+  out.number("watch_id", line.watch_id);
+  out.flag("created", line.created);
+  out.flag("canceled", line.canceled);
+  out.number("compact_revision", line.compact_revision);
+  if (!line.reason.empty()) out.text("cancel_reason", line.reason);
+  write_list(out, "events", line.changes,
+             [&](std::string& to, const Change& change) { encode(to, change, line.prev_kv); });
 }
 
 /// With whose answer it is.
-template <class Response>
-Json encode_from(std::uint64_t cluster_id, const Response& response) {
-  Json out = encode(response);
-  out["header"]["cluster_id"] = std::to_string(cluster_id);
-  out["header"]["member_id"] = "1";
-  return out;
+COORDINATION_API void write_header(Object& out, std::uint64_t cluster_id, std::int64_t revision) {
+  Object header(out.member("header"));
+  header.text("cluster_id", std::to_string(cluster_id));
+  header.text("member_id", "1");
+  header.number("revision", revision);
+  header.text("raft_term", "2");
 }
 
 /// The body of a unary answer.
 template <class Response>
 std::string write_body(std::uint64_t cluster_id, const Response& response) {
-  return dump(encode_from(cluster_id, response));
+  std::string body;
+  {
+    Object object(body);
+    write_header(object, cluster_id, response.revision);
+    encode(object, response);
+  }
+  return body;
 }
 
 /// One line of a streamed answer.
 template <class Response>
 std::string write_line(std::uint64_t cluster_id, const Response& response) {
-  return dump({{"result", encode_from(cluster_id, response)}}) + '\n';
+  return "{\"result\":" + write_body(cluster_id, response) + "}\n";
 }
 
 COORDINATION_API std::string error_body(const Refusal& refusal) {
-  return dump({{"code", refusal.code}, {"message", refusal.message}});
+  return "{\"code\":" + std::to_string(refusal.code) + ",\"message\":\"" + refusal.message + "\"}";
 }
 
 COORDINATION_API std::string error_line(const Refusal& refusal) {
-  const Json error = {{"code", refusal.code}, {"message", refusal.message}};
-  return dump({{"error", error}}) + '\n';
+  return "{\"error\":" + error_body(refusal) + "}\n";
 }
 
 /// What a watch that is refused gives as its reason.
