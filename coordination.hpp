@@ -5989,34 +5989,10 @@ COORDINATION_API Result<Reply> ClientState::call(Call request, const Context& ct
 /// sent by its caller as if there was nobody else; those that come meanwhile gather, and go as one
 /// Txn when one of those is back. With that one attempt is made: where it has certainly done
 /// nothing, whatever the reason, each of its calls goes by itself, in the time that it has left.
-template <class Request, class Response>
-class Sharer {
- public:
-  using Alone = Result<Response> (ClientState::*)(const Request&, const Context&);
+class Batches {
+ protected:
+  Batches(ClientState& client, Safety safety) : client_(client), safety_(safety) {}
 
-  Sharer(ClientState& client, Alone alone) : client_(client), alone_(alone) {}
-
-  Result<Response> call(const Request& request, const Context& given) {
-    auto alive = client_.shared_from_this();  // this too, where exit() overtakes a call
-    bool shares = client_.options.share_requests && size_of(request) <= kMostOfOne;
-    if (!shares || rests_until_ > ticks(steady_clock::now())) return go(request, given);
-    auto place = enter();
-    if (place) return go(request, given, place);
-    auto ctx = client_.bounded(given);
-    auto seat = join(request, *ctx.deadline());
-    auto& batch = seat.batch;
-    if (!batch) return go(request, ctx, seat.place);
-    auto begun = steady_clock::now();
-    auto waits = join_contexts({&ctx, &client_.open});
-    if (!batch->wait(waits, begun + lateness(ctx)) && give_up(seat)) return go(request, ctx);
-    if (!batch->wait(waits)) return abandoned(request, ctx, begun);
-    if (batch->place) return go(request, ctx, batch->place);
-    if (batch->error) return failed(request, ctx, *batch);
-    return std::get<Response>(std::move(batch->answer.responses[batch->index_of(seat.caller)]));
-  }
-
- private:
-  static constexpr bool kReads = std::is_same_v<Request, RangeRequest>;
   static constexpr std::size_t kOnTheWay = 8, kMostOps = 64;
   static constexpr std::size_t kMostBytes = 262144, kMostOfOne = 32768;
   static constexpr milliseconds kLate{1000};   // who is away for so long is not waited for
@@ -6047,7 +6023,7 @@ class Sharer {
     }
     bool has(const std::string& key) const {
       return std::any_of(txn.success.begin(), txn.success.end(),
-                         [&](const Op& op) { return std::get<Request>(op.request).key == key; });
+                         [&](const Op& op) { return key_of(op) == key; });
     }
     bool wait(const Context& ctx, std::optional<SteadyTime> limit = std::nullopt) {
       return gate.wait(
@@ -6067,20 +6043,16 @@ class Sharer {
     std::optional<Place> place{};
   };
 
-  static std::size_t size_of(const Request& request) {
-    if constexpr (std::is_same_v<Request, PutRequest>) {
-      return request.key.size() + request.value.size();
-    } else {
-      return request.key.size();
-    }
-  }
   static std::int64_t ticks(SteadyTime time) { return time.time_since_epoch().count(); }
+  static const std::string& key_of(const Op& op) {
+    if (auto* put = std::get_if<PutRequest>(&op.request)) return put->key;
+    if (auto* remove = std::get_if<RemoveRequest>(&op.request)) return remove->key;
+    return std::get<RangeRequest>(op.request).key;
+  }
 
-  Result<Response> go(const Request& request, const Context& ctx,
-                      const std::optional<Place>& place = std::nullopt) {
-    auto done = (client_.*alone_)(request, ctx);
-    if (place) leave(*place);
-    return done;
+  bool shares(std::size_t size) const {
+    return client_.options.share_requests && size <= kMostOfOne &&
+           rests_until_ <= ticks(steady_clock::now());
   }
 
   std::optional<Place> enter() {
@@ -6097,9 +6069,7 @@ class Sharer {
     return std::nullopt;
   }
 
-  Seat join(const Request& request, SteadyTime deadline) {
-    Op op{request};
-    auto size = size_of(request);
+  Seat join(Op op, std::size_t size, SteadyTime deadline) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto place = free_place();
     if (place) return {nullptr, 0, place};
@@ -6107,7 +6077,7 @@ class Sharer {
                 waiting_.back()->bytes + size > kMostBytes;
     if (full) waiting_.push_back(std::make_shared<Batch>());
     auto& batch = *waiting_.back();
-    if (!kReads && batch.has(request.key)) return {};
+    if (safety_ != Safety::Read && batch.has(key_of(op))) return {};
     batch.txn.success.push_back(std::move(op));
     batch.callers.push_back(batch.joined);
     batch.bytes += size;
@@ -6162,8 +6132,7 @@ class Sharer {
   }
 
   void attempt(Batch& batch) {
-    Call call{"/v3/kv/txn", batch.what(), wire::body(batch.txn),
-              kReads ? Safety::Read : Safety::Write};
+    Call call{"/v3/kv/txn", batch.what(), wire::body(batch.txn), safety_};
     call.once = true;
     auto accept = [&](const std::string& body) {
       auto cluster = wire::decode_reply(body, batch.answer);
@@ -6175,36 +6144,86 @@ class Sharer {
     if (!good) rests_until_ = ticks(steady_clock::now() + kPause);
   }
 
+  /// Whether each operation has the answer that is its own: they are in the same order.
   static bool is_whole(const Batch& batch) {
     auto& responses = batch.answer.responses;
-    return responses.size() == batch.callers.size() &&
-           std::all_of(responses.begin(), responses.end(), [](const OpResponse& response) {
-             return std::holds_alternative<Response>(response);
-           });
+    auto& ops = batch.txn.success;
+    return std::equal(responses.begin(), responses.end(), ops.begin(), ops.end(),
+                      [](const OpResponse& response, const Op& op) {
+                        return response.index() == op.request.index();
+                      });
   }
 
-  Result<Response> failed(const Request& request, const Context& ctx, const Batch& batch) {
+  /// What its caller is told of a batch that may have been done.
+  static Error failed(const Batch& batch, const std::string& call) {
     Error error = *batch.error;
-    if (error.outcome == Outcome::NotApplied) return go(request, ctx);
     auto at = error.message.find(batch.what());
-    if (at != std::string::npos) error.message.replace(at, batch.what().size(), describe(request));
+    if (at != std::string::npos) error.message.replace(at, batch.what().size(), call);
     return error;
   }
 
   /// It was sent, and has no time left for the answer.
-  Error abandoned(const Request& request, const Context& ctx, SteadyTime begun) const {
-    auto call = describe(request);
+  Error abandoned(const std::string& call, const Context& ctx, SteadyTime begun) const {
     auto time = seconds_words(steady_clock::now() - begun);
+    auto outcome = safety_ == Safety::Read ? Outcome::NotApplied : Outcome::MaybeApplied;
     return ended_call(client_, ctx, call, call + " was not done in " + time, "no answer in " + time,
-                      kReads ? Outcome::NotApplied : Outcome::MaybeApplied);
+                      outcome);
   }
 
   ClientState& client_;
-  const Alone alone_;
+  const Safety safety_;
   std::atomic<std::int64_t> rests_until_{0};
   std::mutex mutex_;  // guards the rest
   std::array<SteadyTime, kOnTheWay> away_since_{};
   std::deque<BatchPtr> waiting_;
+};
+
+template <class Request, class Response>
+class Sharer : Batches {
+ public:
+  using Alone = Result<Response> (ClientState::*)(const Request&, const Context&);
+
+  Sharer(ClientState& client, Safety safety, Alone alone)
+      : Batches(client, safety), alone_(alone) {}
+
+  Result<Response> call(const Request& request, const Context& given) {
+    auto alive = client_.shared_from_this();  // this too, where exit() overtakes a call
+    if (!shares(size_of(request))) return go(request, given);
+    auto place = enter();
+    if (place) return go(request, given, place);
+    auto ctx = client_.bounded(given);
+    auto seat = join({request}, size_of(request), *ctx.deadline());
+    auto& batch = seat.batch;
+    if (!batch) return go(request, ctx, seat.place);
+    auto begun = steady_clock::now();
+    auto waits = join_contexts({&ctx, &client_.open});
+    if (!batch->wait(waits, begun + lateness(ctx)) && give_up(seat)) return go(request, ctx);
+    if (!batch->wait(waits)) return abandoned(describe(request), ctx, begun);
+    if (batch->place) return go(request, ctx, batch->place);
+    if (!batch->error) {
+      return std::get<Response>(std::move(batch->answer.responses[batch->index_of(seat.caller)]));
+    }
+    if (batch->error->outcome == Outcome::NotApplied) return go(request, ctx);
+    return failed(*batch, describe(request));
+  }
+
+ private:
+  static std::size_t size_of(const Request& request) {
+    if constexpr (std::is_same_v<Request, PutRequest>) {
+      return request.key.size() + request.value.size();
+    } else {
+      return request.key.size();
+    }
+  }
+
+  Result<Response> go(const Request& request, const Context& ctx,
+                      const std::optional<Place>& place = std::nullopt) {
+    auto done = (client_.*alone_)(request, ctx);
+    if (place) leave(*place);
+    return done;
+  }
+
+  const Alone alone_;
 };
 
 /// Of a member that was found dead.
@@ -10743,11 +10762,12 @@ COORDINATION_API std::shared_ptr<ClientState> make_client(CoordinatorOptions opt
     if (std::find(urls.begin(), urls.end(), url) == urls.end()) urls.push_back(std::move(url));
   }
   client->members = std::make_unique<Members>(std::move(urls), client->open);
-  client->reads =
-      std::make_shared<Sharer<RangeRequest, RangeResponse>>(*client, &ClientState::read);
-  client->puts = std::make_shared<Sharer<PutRequest, PutResponse>>(*client, &ClientState::put);
-  client->removals =
-      std::make_shared<Sharer<RemoveRequest, RemoveResponse>>(*client, &ClientState::remove);
+  client->reads = std::make_shared<Sharer<RangeRequest, RangeResponse>>(*client, Safety::Read,
+                                                                        &ClientState::read);
+  client->puts =
+      std::make_shared<Sharer<PutRequest, PutResponse>>(*client, Safety::Write, &ClientState::put);
+  client->removals = std::make_shared<Sharer<RemoveRequest, RemoveResponse>>(*client, Safety::Write,
+                                                                             &ClientState::remove);
   client->leases = std::make_shared<LeaseKeeper>(client);
   client->watches = std::make_shared<WatchHub>(client);
   client->options = std::move(options);
