@@ -11539,9 +11539,17 @@ namespace detail::memory {
 
 using namespace wire::gateway;
 
-template <class T>
-using Answer = std::variant<T, Refusal>;
 using MaybeRefusal = std::optional<Refusal>;
+
+/// What was asked for, or why it was refused.
+template <class T>
+struct Answer {
+  Answer(T answer) : value(std::move(answer)) {}
+  Answer(const Refusal& why) : refusal(why) {}
+
+  std::optional<T> value{};
+  MaybeRefusal refusal{};
+};
 
 /// Whether `key` is in the range from `first` to `end`, as etcd's range_end means it.
 COORDINATION_API bool in_range(const std::string& key, const std::string& first,
@@ -12387,8 +12395,8 @@ class Store {
     if (!body) return respond(refused::kBadJson);
     if (const MaybeRefusal refusal = refuse(request, *body)) return respond(*refusal);
     const auto reply = handle(*body);
-    if (auto* refusal = std::get_if<Refusal>(&reply)) return respond(*refusal);
-    return {200, write_body(cluster_id_, *std::get_if<0>(&reply))};
+    if (reply.refusal) return respond(*reply.refusal);
+    return {200, write_body(cluster_id_, *reply.value)};
   }
 
   HttpResponse keep_alive(const HttpRequest& request) {
@@ -12410,8 +12418,8 @@ class Store {
     if (const MaybeRefusal refusal = check(body)) return refusal;
     if (std::is_same_v<Request, LoginRequest>) return std::nullopt;
     const Answer<Caller> caller = identify(request);
-    if (auto* refusal = std::get_if<Refusal>(&caller)) return *refusal;
-    return std::get_if<Caller>(&caller)->may(body) ? std::nullopt : MaybeRefusal(refused::kDenied);
+    if (caller.refusal) return caller.refusal;
+    return caller.value->may(body) ? std::nullopt : MaybeRefusal(refused::kDenied);
   }
 
   Answer<Caller> identify(const HttpRequest& request) const {
@@ -12536,12 +12544,8 @@ class Store {
   std::optional<std::string> refuse_watch(const WatchStream& stream,
                                           const WatchCreate& create) const {
     const Answer<Caller> caller = identify(stream.request);
-    if (auto* refusal = std::get_if<Refusal>(&caller)) {
-      return watch_reason(*refusal);
-    }
-    if (!std::get_if<Caller>(&caller)->may(create.key, create.range_end)) {
-      return watch_reason(refused::kDenied);
-    }
+    if (caller.refusal) return watch_reason(*caller.refusal);
+    if (!caller.value->may(create.key, create.range_end)) return watch_reason(refused::kDenied);
     const bool whole = create.range_end.empty() || create.range_end == std::string(1, '\0');
     if (!whole && create.range_end <= create.key) return "mvcc: watcher range is empty";
     if (create.start_revision < 0) return refused::kCompacted.message;
@@ -12754,7 +12758,7 @@ COORDINATION_API void MemoryEtcd::heal() {
 
 COORDINATION_API bool MemoryEtcd::expire_lease(std::int64_t id) {
   return store_->with([&](auto& store) {
-    const bool found = store.mvcc().revoke(id).index() == 0;
+    const bool found = !store.mvcc().revoke(id).refusal;
     store.publish();
     return found;
   });
