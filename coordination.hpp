@@ -5499,6 +5499,7 @@ struct ClientState : std::enable_shared_from_this<ClientState> {
   std::shared_ptr<const Log> log;
   Context open;                         // cancelled when the Coordinator closes
   std::atomic<bool> closing{false};     // no new leases from then on
+  std::atomic<bool> contended{false};   // the lock that was asked for last
   std::atomic<std::int64_t> waited{0};  // ms, of destructors, for an etcd that does not answer
   std::shared_ptr<Sharer<RangeRequest, RangeResponse>> reads;
   std::shared_ptr<Sharer<PutRequest, PutResponse>> puts;
@@ -9232,7 +9233,8 @@ COORDINATION_API bool is_final(const Error& error) {
 /// One who wants a place at the head of a queue of keys under a prefix, ordered by create
 /// revision. After etcd's client/v3/concurrency/key.go and mutex.go, with these differences: the
 /// watch is made before the read that it depends on (one that begins in the past is served by a
-/// timer of 100 ms); the own key is watched, too, and is looked at again after waiting.
+/// timer of 100 ms); the own key is watched, too, and is looked at again after waiting: who clears
+/// a whole queue deletes it in the same revision as those before it.
 class Contender {
  public:
   Contender(std::shared_ptr<ClientState> client, std::string prefix, QueueRule rule,
@@ -9244,7 +9246,8 @@ class Contender {
     auto waiting = join_contexts({&ctx, &client_->open});
     while (true) {
       auto prepared = prepare(ctx);
-      auto turn = prepared ? enter(ctx) : prepared.error();
+      auto turn = prepared ? take_place(ctx) : prepared.error();
+      client_->contended = turn && turn->place == Place::Behind;
       while (turn && turn->place == Place::Behind) turn = wait(*turn, ctx);
       if (turn && turn->place == Place::Head && lease_->held()) return own();
       if (!turn && (client_->closing || is_final(turn.error()))) return give_up(turn.error());
@@ -9426,6 +9429,14 @@ class Contender {
     if (own.kvs.empty()) return Turn{};
     token_ = own.kvs.front().create_revision;
     return look(ctx);
+  }
+
+  /// The head of the queue if nobody is in it, which is the smaller request; else a place.
+  Result<Turn> take_place(const Context& ctx) {
+    if (rule_.kind != QueueRule::Kind::Exclusive || client_->contended) return enter(ctx);
+    auto turn = enter_if_free(ctx);
+    bool taken = turn && turn->place == Place::Behind && turn->blockers.empty();
+    return taken ? enter(ctx) : turn;
   }
 
   /// Takes a place in the queue. May be repeated: the second time finds the key of the first.

@@ -169,6 +169,26 @@ TEST_CASE("lock: an uncontended lock and unlock are two requests in a loop") {
   CHECK(s.etcd->leases().size() == 1);
 }
 
+TEST_CASE("lock: who finds it free asks for no more; who met a queue joins the next one at once") {
+  std::mutex mutex;
+  std::vector<std::size_t> asked;  // how much each Txn that may put a key asks for
+  Setup s;
+  const auto hook = s.tap->before([&](const HttpRequest& request) {
+    if (request.body.find("request_put") == std::string::npos) return;
+    std::lock_guard<std::mutex> hold(mutex);
+    asked.push_back(nlohmann::json::parse(request.body).at("success").size());
+  });
+  auto lock = s.acquire();
+  Waiter waiter(exclusive(s.d));
+  REQUIRE(queued(s, 2));
+  lock.unlock().value();
+  REQUIRE(waiter.wins());
+  waiter.lock().unlock().value();
+  for (int i = 0; i < 2; ++i) s.d.lock().acquire("b", 9s).value().unlock().value();
+  std::lock_guard<std::mutex> hold(mutex);
+  CHECK(asked == std::vector<std::size_t>{1, 1, 3, 3, 1});
+}
+
 TEST_CASE("lock: a kept lease is not used once it is old or gone") {
   Setup s;
   s.acquire().unlock().value();
