@@ -1880,8 +1880,7 @@ class [[nodiscard]] LiveConfig {
   }
 
   /// The last good value; never null. It stays as it is while it is kept: for several members of
-  /// one value. Local: a pointer is copied, and nothing runs meanwhile, neither a handler nor a
-  /// request; but std::atomic_load of a shared_ptr may take a mutex for that moment (libstdc++).
+  /// one value. Local and lock-free: a pointer is copied, whoever reads waits for nobody.
   std::shared_ptr<const T> get() const {
     auto shown = detail::live_value(*live_);
     return std::shared_ptr<const T>(shown, static_cast<const T*>(shown->value.get()));
@@ -13149,6 +13148,32 @@ COORDINATION_API Result<std::int64_t> ConfigCenter::update_with(
 
 namespace detail {
 
+/// A pointer that is copied without a lock. Its readers are counted while they copy; what was
+/// there before is kept until a writer sees none of them. Writers come one at a time.
+template <class T>
+class Published {
+ public:
+  explicit Published(std::shared_ptr<const T> first) { store(std::move(first)); }
+
+  std::shared_ptr<const T> load() const {
+    ++readers_;
+    auto copy = *shown_.load();
+    --readers_;
+    return copy;
+  }
+  void store(std::shared_ptr<const T> next) {
+    kept_.push_back(std::make_unique<const std::shared_ptr<const T>>(std::move(next)));
+    shown_ = kept_.back().get();
+    for (int i = 0; i < 100 && readers_ != 0; ++i) std::this_thread::yield();
+    if (readers_ == 0) kept_.erase(kept_.begin(), kept_.end() - 1);
+  }
+
+ private:
+  mutable std::atomic<int> readers_{0};
+  std::atomic<const std::shared_ptr<const T>*> shown_{nullptr};
+  std::vector<std::unique_ptr<const std::shared_ptr<const T>>> kept_;
+};
+
 /// A view of one key, and what was made of it last.
 class LiveState {
  public:
@@ -13164,7 +13189,7 @@ class LiveState {
     view_.on_end([this](const Error& error) { fail(error); });
   }
 
-  std::shared_ptr<const LiveValue> shown() const { return std::atomic_load(&shown_); }
+  std::shared_ptr<const LiveValue> shown() const { return shown_.load(); }
   const ConfigView& view() const { return view_; }
 
   void refresh() {
@@ -13191,9 +13216,7 @@ class LiveState {
   }
 
  private:
-  void show(LiveValue value) {
-    std::atomic_store(&shown_, std::make_shared<const LiveValue>(std::move(value)));
-  }
+  void show(LiveValue value) { shown_.store(std::make_shared<const LiveValue>(std::move(value))); }
   void refuse(const Error& error) {
     auto now = *shown();
     now.error = error;
@@ -13206,10 +13229,10 @@ class LiveState {
 
   const std::string key_;
   const LiveDecode decode_;
-  std::mutex mutex_;                        // one refreshes at a time
-  std::int64_t seen_{0};                    // the revision that was judged last
-  std::shared_ptr<const LiveValue> shown_;  // atomic
-  ConfigView view_;                         // goes first, and with it the handlers
+  std::mutex mutex_;      // one refreshes at a time
+  std::int64_t seen_{0};  // the revision that was judged last
+  Published<LiveValue> shown_;
+  ConfigView view_;  // goes first, and with it the handlers
 };
 
 COORDINATION_API Result<std::shared_ptr<LiveState>> follow_config(

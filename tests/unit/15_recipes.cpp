@@ -380,6 +380,10 @@ TEST_CASE("live: readers see whole values while it changes") {
   readers.clear();
   CHECK(torn == 0);
   CHECK(live->rate == rounds);
+  const std::weak_ptr<const Limits> old = live.get();
+  last = s.d.config().set("l", Limits{0, false}).value();
+  CHECK(live.wait_for(last, soon()));
+  CHECK(eventually([&] { return old.expired(); }));  // nothing is kept that nobody reads
 }
 
 // DistributedLock::lease_slot.
