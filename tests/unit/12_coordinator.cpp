@@ -479,13 +479,15 @@ TEST_CASE("connect: the login and the first read share one time limit") {
 TEST_CASE("grant: the grant and the renewal that a slow one needs share one time limit") {
   const auto etcd = std::make_shared<ScriptedTransport>();
   auto options = options_with(etcd);
-  options.timeout = 1400ms;
+  const milliseconds ttl = lenient(2s);
+  options.timeout = lenient(1400ms);
   options.retry_config.max_attempts = 1;
   auto c = connect_to(options);
-  etcd->always("/v3/lease/grant", after(1100ms, ok(reply(5, R"("ID":"1","TTL":"2")"))));
+  const auto granted = R"("ID":"1","TTL":")" + std::to_string(ttl / 1s) + '"';
+  etcd->always("/v3/lease/grant", after(lenient(1100ms), ok(reply(5, granted))));
   etcd->always("/v3/lease/keepalive", silence());
   const Stopwatch watch;
-  CHECK_FALSE(c.client().grant(2s));
+  CHECK_FALSE(c.client().grant(ttl));
   CHECK(watch.over(lenient(1900ms)) == 0);
   CHECK(etcd->count("/v3/lease/keepalive") == 1);
 }
