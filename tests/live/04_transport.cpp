@@ -110,7 +110,7 @@ void check_cancelled_streams(const std::string& url, const std::string& ca, int 
 
 Result<HttpResponse> ask(const EtcdServer& server, const TlsOptions& tls) {
   return make_default_transport(tls)->perform(range_request(server.url()), nullptr,
-                                              Context::with_timeout(5s));
+                                              Context::with_timeout(lenient(20s)));
 }
 
 }  // namespace

@@ -312,14 +312,14 @@ struct AuthFixture {
       request.path = path;
       request.body = body.dump();
       if (!token.empty()) request.headers.emplace_back("Authorization", token);
-      std::string body;
+      std::string said;
       const auto done = [&] {  // etcd itself gives up where the machine is busy
         const auto answer = make_default_transport()->perform(request, nullptr, {}).value();
-        body = answer.body;
+        said = answer.body;
         return answer.status == 200;
       };
-      if (!wait_until(done, lenient(10s))) throw std::runtime_error(body);
-      return nlohmann::json::parse(body);
+      if (!wait_until(done, lenient(10s))) throw std::runtime_error(said);
+      return nlohmann::json::parse(said);
     };
     const auto root =
         ask("/v3/auth/authenticate", {{"name", "root"}, {"password", "root-password"}}, "");
@@ -398,14 +398,14 @@ TEST_CASE_FIXTURE(AuthFixture, "auth: a token that died is replaced, once") {
 
   SUBCASE("a read") {
     kill_tokens();
-    const auto kv = client.get("/allowed/k", Context::with_timeout(10s));
+    const auto kv = client.get("/allowed/k", Context::with_timeout(lenient(20s)));
     REQUIRE_MESSAGE(kv, why(kv));
     CHECK(kv->value == "v");
     CHECK(logins() == 2);
   }
   SUBCASE("a write") {
     kill_tokens();
-    const auto put = client.put("/allowed/k", "w", Context::with_timeout(10s));
+    const auto put = client.put("/allowed/k", "w", Context::with_timeout(lenient(20s)));
     REQUIRE_MESSAGE(put, why(put));
     CHECK(client.get("/allowed/k").value().version == 2);
     CHECK(logins() == 2);
@@ -416,7 +416,7 @@ TEST_CASE_FIXTURE(AuthFixture, "auth: a token that died is replaced, once") {
     std::vector<std::thread> threads;
     for (int i = 0; i < 16; ++i) {
       threads.emplace_back([&] {
-        if (client.get("/allowed/k", Context::with_timeout(10s))) ++good;
+        if (client.get("/allowed/k", Context::with_timeout(lenient(20s)))) ++good;
       });
     }
     for (auto& thread : threads) thread.join();
@@ -444,8 +444,8 @@ TEST_CASE_FIXTURE(AuthFixture, "auth: all goes on after a restart and with a dea
   auto watch = coordinator.config().watch("k").value();
   server.restart();  // cuts the streams
   kill_tokens();
-  coordinator.config().set("k", "after", Context::with_timeout(10s)).value();
-  CHECK(watch.next(Context::with_timeout(10s)).value().value == "after");
+  coordinator.config().set("k", "after", Context::with_timeout(lenient(20s))).value();
+  CHECK(watch.next(Context::with_timeout(lenient(20s))).value().value == "after");
   CHECK(never([&] { return !lock.held(); }, 13s));
   CHECK(coordinator.registry().discover("web").value().size() == 1);
   CHECK(lock.unlock());

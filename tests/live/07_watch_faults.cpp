@@ -322,12 +322,14 @@ struct Guarded {
     request.endpoint = etcd.url();
     request.path = "/v3/auth/authenticate";
     request.body = R"({"name":"root","password":"root-password"})";
-    auto answer = transport_of_root->perform(request, nullptr, Context::with_timeout(5s)).value();
+    auto answer =
+        transport_of_root->perform(request, nullptr, Context::with_timeout(lenient(20s))).value();
     const auto token = nlohmann::json::parse(answer.body).at("token").get<std::string>();
     request.path = "/v3/auth/user/changepw";
     request.headers.emplace_back("Authorization", token);
     request.body = R"({"name":"bob","password":")" + password + "\"}";
-    answer = transport_of_root->perform(request, nullptr, Context::with_timeout(5s)).value();
+    answer =
+        transport_of_root->perform(request, nullptr, Context::with_timeout(lenient(20s))).value();
     REQUIRE(answer.status == 200);
   }
 };
