@@ -187,15 +187,15 @@ TEST_CASE("lease: five hundred are renewed in few requests, by few threads") {
   auto coordinator = connect(options);
   const int many = scaled(500);
   std::vector<Lease> leases;
-  for (int i = 0; i < many; ++i) leases.push_back(coordinator.client().grant(6s).value());
+  for (int i = 0; i < many; ++i) leases.push_back(coordinator.client().grant(20s).value());
   counting->reset();
   const auto all_held = [&] {
     return std::all_of(leases.begin(), leases.end(), [](const Lease& l) { return l.held(); });
   };
-  CHECK(never([&] { return !all_held(); }, 13s));
+  CHECK(never([&] { return !all_held(); }, 25s));
   const int posts = counting->requests("/v3/lease/keepalive");
-  MESSAGE(posts, " requests renewed ", many, " leases for 13 s");
-  CHECK(posts >= 6);  // every two seconds
-  CHECK(posts <= 60);
+  MESSAGE(posts, " requests renewed ", many, " leases for 25 s");
+  CHECK(posts >= 3);  // every seven seconds
+  CHECK(posts <= 100);
   CHECK(thread_count() <= 16 + (sanitized() ? 1 : 0));
 }

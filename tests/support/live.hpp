@@ -30,6 +30,7 @@ inline coordination::CoordinatorOptions options_for(const EtcdServer& server) {
   coordination::CoordinatorOptions options;
   options.endpoints = {server.url()};
   options.key_prefix = unique_prefix();
+  options.timeout = lenient(options.timeout);
   if (std::getenv("COORDINATION_TEST_LOG") != nullptr) {
     options.logger = coordination::stderr_logger(coordination::LogLevel::Debug);
   }
