@@ -111,7 +111,9 @@ TEST_CASE_FIXTURE(Fixture, "coordctl once: clocks that differ by a day do nothin
 }
 
 TEST_CASE_FIXTURE(Fixture, "coordctl who: the holder and the queue, in order") {
-  CHECK(ctl.run({"who", "x"}).exit_code == kNotFound);
+  const auto nobody = ctl.run({"who", "x"});
+  CHECK(nobody.exit_code == kNotFound);
+  CHECK(nobody.out == "coordctl: nobody holds x, and nobody waits for it\n");
   auto a = ctl.start(with_command({"lock", "x"}));
   wait_ready(a);
   auto b = etcdctl.start({"lock", "/locks/x"});

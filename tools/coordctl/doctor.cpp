@@ -334,8 +334,9 @@ class Doctor {
       const auto json = describe(look);
       const auto text = [&](const char* name) { return printable(json.value(name, "-")); };
       const bool told = json.contains("db_size");
+      const auto latency = look.latency.count() > 0 ? to_text(look.latency) : "<1ms";
       table.add({look.endpoint, text("name"), text("version"), text("role"),
-                 look.answers ? to_text(look.latency) : "-",
+                 look.answers ? latency : "-",
                  told ? std::to_string(json["db_size"].get<std::int64_t>() / 1024) + "K" : "-",
                  told ? std::to_string(json["revision"].get<std::int64_t>()) : "-"});
     }

@@ -303,6 +303,8 @@ int who(const Settings& settings, const std::string& kind, const std::string& na
     print(json);
   } else if (!queue.empty()) {
     table.print();
+  } else {
+    say("nobody holds " + name + ", and nobody waits for it");
   }
   return queue.empty() ? int{kNotFound} : int{kDone};
 }
