@@ -178,7 +178,8 @@ prepare() {
 status=0
 phase "dev: build" build_preset dev
 in_background prepare
-phase "dev: test" run_tests dev most -LE 'alone|build|conformance|interop' || status=1
+phase "dev: test" run_tests dev most -j $((jobs + 1)) \
+  -LE 'alone|build|conformance|interop' || status=1
 phase "asan, tsan: build, more etcds, other clients" finish_background
 COORDINATION_ETCDS=$(< "$build/etcds")
 export COORDINATION_ETCDS COORDINATION_CLIENTS=$build/clients
