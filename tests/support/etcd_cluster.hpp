@@ -27,9 +27,16 @@ class EtcdCluster {
   using Way = TcpProxy::Way;
 
   explicit EtcdCluster(ClusterOptions options = {}) : options_(std::move(options)) {
-    for (std::size_t i = 0; i < options_.members; ++i) members_.push_back(new_member(i));
-    for (auto& member : members_) launch(*member, "new");
-    if (!wait_healthy(30s)) throw std::runtime_error("the cluster does not come up");
+    const int attempts = 3;  // another program may take a port before etcd does
+    for (int i = 0; i < attempts; ++i) {
+      members_.clear();
+      for (std::size_t k = 0; k < options_.members; ++k) members_.push_back(new_member(k));
+      for (auto& member : members_) launch(*member, "new");
+      if (comes_up()) return;
+    }
+    std::string said = "the cluster does not come up; its members said last";
+    for (const auto& member : members_) said += "\n" + last_words(*member->server);
+    throw std::runtime_error(said);
   }
 
   std::size_t size() const { return members_.size(); }
@@ -279,11 +286,24 @@ class EtcdCluster {
     }
     return 0;
   }
+  bool comes_up() {
+    const auto has_ended = [](const auto& member) { return !member->server->running(); };
+    bool good = false;
+    wait_until(
+        [&] {
+          good = healthy();
+          return good || std::any_of(members_.begin(), members_.end(), has_ended);
+        },
+        lenient(30s));
+    return good;
+  }
+  static std::string last_words(const EtcdServer& server) {
+    const auto said = server.output();
+    return said.substr(said.size() - std::min<std::size_t>(said.size(), 2000));
+  }
   void require_serving(std::size_t i, milliseconds limit) {
     if (server(i).serving(limit)) return;
-    const auto said = server(i).output();
-    throw std::runtime_error("a member does not serve; it said last\n" +
-                             said.substr(said.size() - std::min<std::size_t>(said.size(), 2000)));
+    throw std::runtime_error("a member does not serve; it said last\n" + last_words(server(i)));
   }
   void set_well(std::size_t i, bool well) {
     std::lock_guard<std::mutex> hold(mutex_);
