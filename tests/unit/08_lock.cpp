@@ -74,7 +74,7 @@ bool queued(const Setup& s, std::size_t keys) {
   return eventually([&] { return s.etcd->keys().size() == keys; });
 }
 /// Waits until nobody has asked for anything for a while: all have looked, and are waiting.
-void all_wait(const Setup& s) {
+void all_wait(const Cluster& s) {
   int seen = 0;
   do {
     seen = s.tap->count();
@@ -257,6 +257,51 @@ TEST_CASE("lock: an unlock wakes the next in the queue and nobody else") {
   CHECK(waiters[0]->wins());
   CHECK(s.tap->count(kTxn) == 2);  // the unlock, and a look of the next
   CHECK(s.tap->count_calls() == 2);
+}
+
+namespace {
+
+/// Of each watch stream one watch is as late with its events as etcd's timer makes it: for a test,
+/// they never come.
+struct Late : Transport {
+  Late(std::shared_ptr<Transport> next, const std::string& watch)
+      : inner(std::move(next)), id("\"watch_id\":\"" + watch + "\"") {}
+
+  Result<HttpResponse> perform(const HttpRequest& request, const ChunkSink& sink,
+                               const Context& ctx) override {
+    const auto in_time = [&](std::string_view piece) {
+      std::istringstream lines{std::string(piece)};
+      for (std::string line; std::getline(lines, line);) {
+        const bool late = line.find(id) != line.npos && line.find("\"events\"") != line.npos;
+        if (!late && !sink(line + "\n")) return false;
+      }
+      return true;
+    };
+    return inner->perform(request, request.path == "/v3/watch" ? ChunkSink(in_time) : sink, ctx);
+  }
+
+  const std::shared_ptr<Transport> inner;
+  const std::string id;
+};
+
+}  // namespace
+
+TEST_CASE("lock: a watch that etcd serves late delays no hand-over") {
+  Cluster cluster;
+  for (const std::string watch : {"1", "2"}) {
+    CAPTURE(watch);
+    auto holder = cluster.connect("one");
+    auto options = cluster.options("two");
+    options.transport = std::make_shared<Late>(cluster.tap, watch);
+    auto late = connect_to(options);
+    auto lock = holder.lock().acquire("a", 9s).value();
+    Waiter waiter(exclusive(late));
+    REQUIRE(eventually([&] { return cluster.etcd->keys().size() == 2; }));
+    all_wait(cluster);
+    lock.unlock().value();
+    REQUIRE(waiter.wins());
+    waiter.lock().unlock().value();
+  }
 }
 
 TEST_CASE("lock: who gives up waiting leaves nothing, and lets the others pass") {
